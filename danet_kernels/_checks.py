@@ -1,0 +1,132 @@
+"""Argument checks. One quick test per call; only a call that fails it pays for finding out which sentence to raise.
+
+The public functions call these on the tensors as given, the operators and their fake kernels on the flattened [B, *, N]
+form, so a wrong call gets the same sentence from a function, from an operator and under FakeTensor. Order of the sentences:
+type, rank, dtype, device, shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+VARIANTS = ("official", "paper")
+_GAMMA_DTYPES = DTYPES
+
+
+def check_position_attention(
+    query: Tensor,  # [B, D, *S]
+    key: Tensor,  # [B, D, *T]
+    value: Tensor,  # [B, C, *T]
+    residual: Tensor | None,  # [B, C, *S]
+    gamma: Tensor | None,  # one element
+    *,
+    autocast: bool = False,
+) -> None:
+    """Raise TypeError or ValueError unless the arguments fit together. `autocast`: dtypes may differ, they will be cast."""
+    op = "position_attention"
+    tensors = {"query": query, "key": key, "value": value}
+    if residual is not None:
+        tensors["residual"] = residual
+    _check_tensors(op, tensors, gamma, same_dtype=not autocast)
+    if not (query.shape[0] == key.shape[0] == value.shape[0]):
+        _mismatch(op, "the batch size B", tensors, 0)
+    if query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"{op}: query and key must have the same number of channels D, got query {_shape(query)} and key {_shape(key)}"
+        )
+    if key.shape[2:] != value.shape[2:]:
+        raise ValueError(
+            f"{op}: key and value must have the same positions *T, got key {_shape(key)} and value {_shape(value)}"
+        )
+    if residual is not None and not (
+        residual.shape[0] == query.shape[0]
+        and residual.shape[1] == value.shape[1]
+        and residual.shape[2:] == query.shape[2:]
+    ):
+        expected = [query.shape[0], value.shape[1], *query.shape[2:]]
+        raise ValueError(f"{op}: residual must have the shape of the result, expected {expected}, got {_shape(residual)}")
+
+
+def check_channel_attention(x: Tensor, gamma: Tensor | None, variant: str) -> None:
+    """Raise TypeError or ValueError unless x [B, C, *S], gamma (one element) and the variant's name are right."""
+    op = "channel_attention"
+    _check_tensors(op, {"x": x}, gamma, same_dtype=True)
+    check_variant(variant)
+
+
+def check_variant(variant: str) -> None:
+    """Raise ValueError unless `variant` is one of VARIANTS."""
+    if variant not in VARIANTS:
+        raise ValueError(f"channel_attention: unknown variant {variant!r}, expected one of {', '.join(map(repr, VARIANTS))}")
+
+
+def check_saved(op: str, names: Sequence[str], tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError unless each named tensor handed to a backward operator has the shape the forward gave it."""
+    for name, tensor, shape in zip(names, tensors, shapes, strict=True):
+        if list(tensor.shape) != list(shape):
+            raise ValueError(f"{op}_backward: {name} must have shape {list(shape)}, got {_shape(tensor)}")
+
+
+def check_number(op: str, name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a real Python number (or a symbolic one while tracing)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: {name} must be a real number, got {_kind(value)}")
+
+
+def _check_tensors(op: str, tensors: dict[str, Tensor], gamma: Tensor | None, *, same_dtype: bool) -> None:
+    first = next(iter(tensors.values()))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {_kind(tensor)}")
+        if tensor.dim() < 3:
+            raise ValueError(f"{op}: {name} must have at least 3 dimensions [B, channels, *positions], got {_shape(tensor)}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{op}: {name} must be a strided tensor, got layout {tensor.layout}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} must be one of {_names(DTYPES)}, got {_name(tensor.dtype)}")
+    for name, tensor in tensors.items():
+        if same_dtype and tensor.dtype != first.dtype:
+            got = ", ".join(f"{n} {_name(t.dtype)}" for n, t in tensors.items())
+            raise TypeError(f"{op}: all of {', '.join(tensors)} must have one dtype, got {got}")
+        if tensor.device != first.device:
+            got = ", ".join(f"{n} on {t.device}" for n, t in tensors.items())
+            raise ValueError(f"{op}: all of {', '.join(tensors)} must be on one device, got {got}")
+    if gamma is not None:
+        _check_gamma(op, gamma, first.device)
+
+
+def _check_gamma(op: str, gamma: Tensor, device: torch.device) -> None:
+    if not isinstance(gamma, Tensor):
+        raise TypeError(f"{op}: gamma must be a one-element tensor, a real number or None, got {_kind(gamma)}")
+    if gamma.dtype not in _GAMMA_DTYPES:
+        raise TypeError(f"{op}: gamma must be one of {_names(_GAMMA_DTYPES)}, got {_name(gamma.dtype)}")
+    if gamma.device != device:
+        raise ValueError(f"{op}: gamma must be on the device of the other tensors, {device}, got {gamma.device}")
+    if gamma.numel() != 1:
+        raise ValueError(f"{op}: gamma must have one element, got shape {_shape(gamma)}")
+
+
+def _mismatch(op: str, what: str, tensors: dict[str, Tensor], dim: int) -> NoReturn:
+    got = ", ".join(f"{name} {_shape(tensor)}" for name, tensor in tensors.items())
+    raise ValueError(f"{op}: {what} (dimension {dim}) must be the same in {', '.join(tensors)}, got {got}")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__name__} {value!r}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(map(_name, dtypes))

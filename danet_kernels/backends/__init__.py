@@ -1,0 +1,109 @@
+"""The backends and the choice among them.
+
+A backend is a module with `why_not(op, *inputs) -> list of reasons` (empty: it can run) and four functions that share one
+contract, so that autograd is written once (ops.py) and any backend can run the backward of another's forward:
+
+    position_attention_forward(query, key, value, residual, gamma, scale, needs_attn)      -> out, attn, lse
+    position_attention_backward(dout, query, key, value, attn, lse, gamma, scale, needs)   -> dquery, dkey, dvalue, dgamma
+    channel_attention_forward(x, gamma, variant, residual)                                 -> out, row_max, row_sum
+    channel_attention_backward(dout, x, gamma, row_max, row_sum, variant, residual, needs) -> dx, dgamma
+
+`needs` is one bool per gradient; a gradient that is not needed comes back as an empty tensor, and so does attn.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import eager, native
+
+BACKENDS: dict[str, ModuleType] = {"native": native, "eager": eager}
+"""By name, in the order in which "auto" tries them."""
+
+OPS = ("position_attention", "channel_attention")
+
+ENVIRONMENT_VARIABLE = "DANET_KERNELS_BACKEND"
+
+_context: ContextVar[str | None] = ContextVar("danet_kernels_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator called inside with the backend `name`, in this thread or task.
+
+    An explicit `backend=` argument beats this context, which beats the environment variable DANET_KERNELS_BACKEND.
+    Raises ValueError for an unknown name.
+
+        with danet_kernels.use_backend("eager"):
+            out = danet_kernels.position_attention(query, key, value)
+    """
+    token = _context.set(check_name(name))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def available_backends(op: str, *inputs: Tensor | None) -> dict[str, list[str]]:
+    """Every backend by name, with the reasons why it cannot run `op` on these inputs (an empty list: it can).
+
+    op: "position_attention" (inputs: query, key, value, residual, gamma; the last two may be left out) or
+    "channel_attention" (inputs: x, gamma). Without inputs: whether the backend runs `op` at all on this machine.
+    Raises ValueError for an unknown op.
+    """
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}, expected one of {', '.join(map(repr, OPS))}")
+    tensors = [tensor for tensor in inputs if tensor is not None]
+    return {name: backend.why_not(op, *tensors) for name, backend in BACKENDS.items()}
+
+
+def check_name(name: str) -> str:
+    """`name` if it is "auto" or a backend; else ValueError."""
+    if name != "auto" and name not in BACKENDS:
+        known = ", ".join(map(repr, ("auto", *BACKENDS)))
+        raise ValueError(f"unknown backend {name!r}, expected one of {known}")
+    return name
+
+
+def requested(name: str) -> str:
+    """The backend asked for: the argument unless it is "auto", else the context's, else the environment's, else "auto".
+
+    While torch.compile traces (it cannot read a ContextVar) the name stays as given: the operator asks again when it runs.
+    """
+    if check_name(name) != "auto" or torch.compiler.is_compiling():
+        return name
+    from_context = _context.get()
+    if from_context is not None:
+        return from_context
+    return check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
+
+
+def choose(name: str, op: str, *inputs: Tensor) -> ModuleType:
+    """The module that runs `op` on these inputs.
+
+    Raises NotImplementedError with the reasons if the backend asked for, or for "auto" every backend, cannot run it.
+    """
+    name = requested(name)
+    if name != "auto":
+        reasons = BACKENDS[name].why_not(op, *inputs)
+        if reasons:
+            raise NotImplementedError(f"{op}: backend {name!r} cannot run: {'; '.join(reasons)}")
+        # A map without entries has nothing to fuse, and the kernels need not know about it: the definition handles it.
+        return eager if any(tensor.numel() == 0 for tensor in inputs) else BACKENDS[name]
+    refused = {}
+    for candidate, backend in BACKENDS.items():
+        reasons = backend.why_not(op, *inputs)
+        if not reasons:
+            return eager if any(tensor.numel() == 0 for tensor in inputs) else backend
+        refused[candidate] = reasons
+    raise NotImplementedError(
+        f"{op}: no backend can run on these inputs: "
+        + "; ".join(f"{candidate}: {', '.join(reasons)}" for candidate, reasons in refused.items())
+    )
