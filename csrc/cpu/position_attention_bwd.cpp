@@ -1,0 +1,200 @@
+// Position attention backward in fp32 and fp64 (fp16 and bf16 operands are widened to fp32 first), in one pass over the pairs.
+//
+// The keys are cut into groups of tiles, a fixed number whatever the threads. One task takes one group: for each of its key tiles
+// it walks over the queries, so dK and dV of the tile are its own; what the tile adds to dQ goes into the group's partial sum.
+// The partial sums are added in the order of the groups at the end, so every result is bitwise the same for any thread count.
+//
+// With r_i = delta_i = dout_i . attn_i and gamma taken out (docs/math.md):
+//   P = exp(scale * s - lse), dS = P (dout . v - delta),
+//   dq = gamma scale dS k, dk = gamma scale dS^T q, dv = gamma P^T dout, dgamma = sum_i r_i.
+#include "../plan.h"
+#include "position_attention.h"
+#include "prepare.h"
+
+namespace danet {
+namespace {
+
+// scores [bn, bm] -> probabilities exp(scale * scores - lse)
+template <class T>
+DANET_SIMD void probabilities(T* DANET_RESTRICT scores, int64_t bn, int64_t bm, int64_t stride, T scale,
+                              const T* DANET_RESTRICT lse) {
+  for (int64_t j = 0; j < bn; ++j) {
+    T* DANET_RESTRICT row = scores + j * stride;
+#pragma omp simd
+    for (int64_t i = 0; i < bm; ++i) row[i] = fast_exp(row[i] * scale - lse[i]);
+  }
+}
+
+// dlogits [bn, bm] holds dout . v on entry and P (dout . v - delta) on return.
+template <class T>
+DANET_SIMD void logit_gradients(T* DANET_RESTRICT dlogits, const T* DANET_RESTRICT p, int64_t bn, int64_t bm,
+                                int64_t stride, const T* DANET_RESTRICT delta) {
+  for (int64_t j = 0; j < bn; ++j) {
+    T* DANET_RESTRICT row = dlogits + j * stride;
+    const T* DANET_RESTRICT p_row = p + j * stride;
+#pragma omp simd
+    for (int64_t i = 0; i < bm; ++i) row[i] = p_row[i] * (row[i] - delta[i]);
+  }
+}
+
+template <class T>
+DANET_SIMD void add(const View<const T>& from, const View<T>& to) {
+  for (int64_t r = 0; r < to.rows; ++r) {
+    const T* DANET_RESTRICT source = from.data + r * from.row_stride;
+    T* DANET_RESTRICT destination = to.data + r * to.row_stride;
+#pragma omp simd
+    for (int64_t c = 0; c < to.columns; ++c) destination[c] += source[c];
+  }
+}
+
+// sum += a b, or sum = a b for the first term; scratch has room for one product.
+template <class T>
+void accumulate(const View<const T>& a, const View<const T>& b, bool first, const View<T>& sum, T* scratch) {
+  if (first) return matmul<T>(a, b, sum);
+  const View<T> product{scratch, sum.rows, sum.columns, sum.columns, 1};
+  matmul<T>(a, b, product);
+  add<T>(product, sum);
+}
+
+template <class T, class E>
+DANET_SIMD void scale_into(const View<const T>& source, T factor, const View<E>& destination) {
+  transform(source, destination, [=](int64_t, int64_t, T x) __attribute__((always_inline)) {
+    E element;
+    narrow(factor * x, element);
+    return element;
+  });
+}
+
+template <class T>
+void write_gradient(const View<const T>& source, double factor, Dtype dtype, const Output& gradient, int64_t b,
+                    int64_t rows, int64_t columns, int64_t column) {
+  with_element<T>(dtype, [&](auto element) {
+    using E = decltype(element);
+    scale_into<T, E>(source, T(factor), matrix<E>(gradient, b, rows, columns).block(0, column, source.rows, source.columns));
+  });
+}
+
+// delta[i] = sum_c dout[c, i] * attn[c, i] over a block of columns. Summed in fp64, as dgamma is the sum of them all, which is
+// returned.
+template <class T>
+DANET_SIMD double row_dots(const View<const T>& dout, const View<const T>& attn, T* DANET_RESTRICT delta) {
+  double total = 0;
+  for (int64_t i0 = 0; i0 < dout.columns; i0 += kLanes) {
+    const int64_t count = std::min(kLanes, dout.columns - i0);
+    double sums[kLanes] = {};
+    for (int64_t c = 0; c < dout.rows; ++c) {
+      const T* DANET_RESTRICT g = dout.data + c * dout.row_stride + i0 * dout.column_stride;
+      const T* DANET_RESTRICT a = attn.data + c * attn.row_stride + i0 * attn.column_stride;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i)
+        sums[i] += static_cast<double>(g[i * dout.column_stride]) * static_cast<double>(a[i * attn.column_stride]);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      delta[i0 + i] = static_cast<T>(sums[i]);
+      total += sums[i];
+    }
+  }
+  return total;
+}
+
+template <class T>
+void backward(const PositionBackward& p) {
+  const PositionBackwardPlan plan = plan_position_backward(p.B, p.M, p.N);
+  const int64_t BM = plan.block_m, BN = plan.block_n, G = plan.groups, blocks = ceil_div(p.M, BM);
+  const bool needs_dlogits = p.dquery.data || p.dkey.data, needs_pairs = needs_dlogits || p.dvalue.data;
+  const Dtype wide = sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
+  Operand<T> dout(p.dout, p.dtype, p.C, p.M, plan.batch);
+  Operand<T> attn(p.attn, wide, p.C, p.M, plan.batch);
+  Operand<T> query(p.query, p.dtype, p.D, p.M, plan.batch);
+  Operand<T> key(p.key, p.dtype, p.D, p.N, plan.batch, Order::kTransposed);
+  Operand<T> value(p.value, p.dtype, p.C, p.N, plan.batch);
+  Scratch<double> block_dots(plan.batch * blocks);
+  Scratch<T> delta(plan.batch * p.M), dquery_partial(p.dquery.data ? plan.batch * G * p.D * p.M : 0);
+  double dgamma = 0;
+
+  for (int64_t b0 = 0; b0 < p.B; b0 += plan.batch) {
+    const int64_t batch = std::min(plan.batch, p.B - b0);
+    dout.load(b0, batch);
+    attn.load(b0, batch);
+    query.load(b0, batch);
+    key.load(b0, batch);
+    value.load(b0, batch);
+
+    // 1. delta [M] of each batch element, and dgamma
+    run_tasks(batch * blocks, [&](TaskQueue& queue) {
+      for (int64_t task; queue.next(task);) {
+        const int64_t b = b0 + task / blocks, i0 = task % blocks * BM, bm = std::min(BM, p.M - i0);
+        block_dots.data()[task] = row_dots<T>(dout[b].block(0, i0, p.C, bm), attn[b].block(0, i0, p.C, bm),
+                                              delta.data() + (b - b0) * p.M + i0);
+      }
+    });
+    for (int64_t task = 0; task < batch * blocks; ++task) dgamma += block_dots.data()[task];
+    if (!needs_pairs) continue;
+
+    // 2. All pairs
+    run_tasks(batch * G, [&](TaskQueue& queue) {
+      int64_t task;
+      if (!queue.next(task)) return;
+      Scratch<T> probability(BN * BM), dlogit(needs_dlogits ? BN * BM : 0);
+      Scratch<T> dvalue_sum(p.dvalue.data ? p.C * BN : 0), dkey_sum(p.dkey.data ? p.D * BN : 0);
+      Scratch<T> product(std::max(p.C * BN, p.D * std::max(BN, BM)));
+      do {
+        const int64_t b = b0 + task / G, group = task % G;
+        const int64_t tile_end = std::min((group + 1) * plan.tiles_per_group * BN, p.N);
+        T* partial = dquery_partial.data() + ((b - b0) * G + group) * p.D * p.M;
+        for (int64_t j0 = group * plan.tiles_per_group * BN; j0 < tile_end; j0 += BN) {
+          const int64_t bn = std::min(BN, p.N - j0);
+          const View<const T> k = key[b].block(0, j0, p.D, bn);    // [D, bn]
+          const View<const T> v = value[b].block(0, j0, p.C, bn);  // [C, bn]
+          const View<T> dk{dkey_sum.data(), p.D, bn, bn, 1}, dv{dvalue_sum.data(), p.C, bn, bn, 1};
+          for (int64_t i0 = 0; i0 < p.M; i0 += BM) {
+            const int64_t bm = std::min(BM, p.M - i0);
+            const View<const T> q = query[b].block(0, i0, p.D, bm);  // [D, bm]
+            const View<const T> g = dout[b].block(0, i0, p.C, bm);   // [C, bm]
+            const View<T> s{probability.data(), bn, bm, bm, 1}, ds{dlogit.data(), bn, bm, bm, 1};
+            const bool first_query = i0 == 0, first_tile = j0 == group * plan.tiles_per_group * BN;
+            // P [bn, bm] from the scores and lse
+            matmul<T>(k.transposed(), q, s);
+            probabilities<T>(s.data, bn, bm, bm, T(p.scale), static_cast<const T*>(p.lse) + b * p.M + i0);
+            // dV [C, bn] += dout P
+            if (p.dvalue.data) accumulate<T>(g, s.transposed(), first_query, dv, product.data());
+            if (!needs_dlogits) continue;
+            // dS [bn, bm] = P (V^T dout - delta)
+            matmul<T>(v.transposed(), g, ds);
+            logit_gradients<T>(ds.data, s.data, bn, bm, bm, delta.data() + (b - b0) * p.M + i0);
+            // dK [D, bn] += Q dS^T, dQ [D, bm] += K dS
+            if (p.dkey.data) accumulate<T>(q, ds.transposed(), first_query, dk, product.data());
+            if (p.dquery.data)
+              accumulate<T>(k, ds, first_tile, View<T>{partial + i0, p.D, bm, p.M, 1}, product.data());
+          }
+          if (p.dkey.data) write_gradient<T>(dk, p.gamma * p.scale, p.dtype, p.dkey, b, p.D, p.N, j0);
+          if (p.dvalue.data) write_gradient<T>(dv, p.gamma, p.dtype, p.dvalue, b, p.C, p.N, j0);
+        }
+      } while (queue.next(task));
+    });
+
+    // 3. dQ: the groups' partial sums, in order
+    if (!p.dquery.data) continue;
+    run_tasks(batch * blocks, [&](TaskQueue& queue) {
+      for (int64_t task; queue.next(task);) {
+        const int64_t b = b0 + task / blocks, i0 = task % blocks * BM, bm = std::min(BM, p.M - i0);
+        T* partials = dquery_partial.data() + (b - b0) * G * p.D * p.M + i0;
+        const View<T> sum{partials, p.D, bm, p.M, 1};
+        for (int64_t group = 1; group < G; ++group)
+          add<T>(View<const T>{partials + group * p.D * p.M, p.D, bm, p.M, 1}, sum);
+        write_gradient<T>(sum, p.gamma * p.scale, p.dtype, p.dquery, b, p.D, p.M, i0);
+      }
+    });
+  }
+  if (p.dgamma) *p.dgamma = dgamma;
+}
+
+}  // namespace
+
+void position_attention_backward_cpu(const PositionBackward& p) {
+  if (p.dtype == Dtype::kFloat64) return backward<double>(p);
+  if (bf16_kernel_runs(p.dtype)) return position_attention_backward_bf16(p);
+  backward<float>(p);
+}
+
+}  // namespace danet

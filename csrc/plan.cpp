@@ -1,0 +1,59 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace danet {
+namespace {
+
+constexpr int64_t kTasksInFlight = 16;  // enough for the threads of a workstation, few enough for the partial sums of dQ
+
+int64_t accumulator_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
+
+// Copies of the operands widened to the accumulator dtype, for one batch element.
+int64_t widened(Dtype dtype, int64_t elements) { return element_size(dtype) == 2 ? 4 * elements : 0; }
+
+}  // namespace
+
+PositionForwardPlan plan_position_forward(int64_t B, int64_t M, int64_t N) {
+  PositionForwardPlan plan;
+  plan.block_m = std::min<int64_t>(128, M);
+  plan.block_n = std::min<int64_t>(512, N);
+  plan.batch = std::clamp<int64_t>(kTasksInFlight / ceil_div(M, plan.block_m), 1, B);
+  return plan;
+}
+
+PositionBackwardPlan plan_position_backward(int64_t B, int64_t M, int64_t N) {
+  PositionBackwardPlan plan;
+  plan.block_m = std::min<int64_t>(256, M);
+  // Small maps get smaller key tiles, so that there are several tasks.
+  plan.block_n = std::min<int64_t>(std::clamp<int64_t>(ceil_div(N, kTasksInFlight * 64) * 64, 64, 512), N);
+  const int64_t tiles = ceil_div(N, plan.block_n);
+  plan.tiles_per_group = ceil_div(tiles, kTasksInFlight);
+  plan.groups = ceil_div(tiles, plan.tiles_per_group);
+  plan.batch = std::clamp<int64_t>(kTasksInFlight / plan.groups, 1, B);
+  return plan;
+}
+
+int64_t position_forward_workspace(int64_t B, int64_t C, int64_t D, int64_t M, int64_t N, Dtype dtype, int64_t threads,
+                                   bool bf16_kernel) {
+  const PositionForwardPlan plan = plan_position_forward(B, M, N);
+  if (bf16_kernel) return 0;
+  const int64_t size = accumulator_size(dtype);
+  const int64_t shared = plan.batch * (size * N * D + widened(dtype, D * M + C * N));
+  const int64_t scratch = size * plan.block_m * (plan.block_n + 2 * C + 3);
+  return shared + threads * scratch;
+}
+
+int64_t position_backward_workspace(int64_t B, int64_t C, int64_t D, int64_t M, int64_t N, Dtype dtype, int64_t threads,
+                                    bool bf16_kernel) {
+  const PositionBackwardPlan plan = plan_position_backward(B, M, N);
+  if (bf16_kernel) return 0;
+  const int64_t size = accumulator_size(dtype);
+  const int64_t shared =
+      plan.batch * (size * (N * D + M + plan.groups * D * M) + widened(dtype, D * M + D * N + C * N + C * M));
+  const int64_t bm = plan.block_m, bn = plan.block_n;
+  const int64_t scratch = size * (2 * bn * bm + 2 * C * bn + D * bn + D * std::max(bn, bm));
+  return shared + threads * scratch;
+}
+
+}  // namespace danet
