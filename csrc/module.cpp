@@ -1,7 +1,11 @@
-// The module danet_kernels._C: facts about the build and the CPU. It has no tensors and does not know torch.
+// The module danet_kernels._C: facts about the build and the CPU, and the kernels' plans. It has no tensors, knows no torch.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "cpu/features.h"
+#include "plan.h"
 
 namespace py = pybind11;
 
@@ -13,6 +17,7 @@ py::dict cpu_features() {
   features["avx2"] = danet::cpu_has_avx2();
   features["avx512"] = danet::cpu_has_avx512();
   features["avx512_bf16"] = danet::cpu_has_avx512_bf16();
+  features["runs_bf16_kernel"] = danet::cpu_runs_bf16_kernel();
   return features;
 }
 
@@ -28,10 +33,34 @@ py::dict compiled_with() {
   return facts;
 }
 
+danet::Dtype dtype_of(const std::string& name) {
+  if (name == "float32") return danet::Dtype::kFloat32;
+  if (name == "float64") return danet::Dtype::kFloat64;
+  if (name == "bfloat16") return danet::Dtype::kBFloat16;
+  if (name == "float16") return danet::Dtype::kFloat16;
+  throw std::invalid_argument("unknown dtype " + name);
+}
+
+int64_t position_forward_workspace(int64_t B, int64_t C, int64_t D, int64_t M, int64_t N, const std::string& dtype,
+                                   int64_t threads) {
+  const bool bf16_kernel = dtype == "bfloat16" && danet::cpu_runs_bf16_kernel();
+  return danet::position_forward_workspace(B, C, D, M, N, dtype_of(dtype), threads, bf16_kernel);
+}
+
+int64_t position_backward_workspace(int64_t B, int64_t C, int64_t D, int64_t M, int64_t N, const std::string& dtype,
+                                    int64_t threads) {
+  return danet::position_backward_workspace(B, C, D, M, N, dtype_of(dtype), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Facts about the C++ build and the CPU, without torch.";
   module.def("cpu_features", &cpu_features, "The instruction sets that this CPU and operating system offer.");
+  module.def("position_forward_workspace", &position_forward_workspace, py::arg("B"), py::arg("C"), py::arg("D"), py::arg("M"),
+             py::arg("N"), py::arg("dtype"), py::arg("threads"), "Bytes that the CPU forward allocates beyond its results.");
+  module.def("position_backward_workspace", &position_backward_workspace, py::arg("B"), py::arg("C"), py::arg("D"),
+             py::arg("M"), py::arg("N"), py::arg("dtype"), py::arg("threads"),
+             "Bytes that the CPU backward allocates beyond its results.");
   module.def("compiled_with", &compiled_with, "The compiler, C++ standard and optimization of this module.");
 }

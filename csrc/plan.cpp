@@ -37,23 +37,23 @@ PositionBackwardPlan plan_position_backward(int64_t B, int64_t M, int64_t N) {
 int64_t position_forward_workspace(int64_t B, int64_t C, int64_t D, int64_t M, int64_t N, Dtype dtype, int64_t threads,
                                    bool bf16_kernel) {
   const PositionForwardPlan plan = plan_position_forward(B, M, N);
-  if (bf16_kernel) return 0;
+  if (bf16_kernel) {
+    const int64_t lanes = ceil_div(plan.block_m, 64) * 64;
+    const int64_t shared = plan.batch * 2 * ((D + 1) * (M + 63) + N * (D + 1) + C * (N + 1));
+    return shared + threads * 4 * (plan.block_n * 64 + lanes * (C + 3) + ceil_div(plan.block_n, 2) * 64);
+  }
   const int64_t size = accumulator_size(dtype);
-  const int64_t shared = plan.batch * (size * N * D + widened(dtype, D * M + C * N));
-  const int64_t scratch = size * plan.block_m * (plan.block_n + 2 * C + 3);
-  return shared + threads * scratch;
+  const int64_t shared = plan.batch * widened(dtype, D * M + D * N + C * N);
+  return shared + threads * size * plan.block_m * (plan.block_n + 2 * C + 3);
 }
 
-int64_t position_backward_workspace(int64_t B, int64_t C, int64_t D, int64_t M, int64_t N, Dtype dtype, int64_t threads,
-                                    bool bf16_kernel) {
+int64_t position_backward_workspace(int64_t B, int64_t C, int64_t D, int64_t M, int64_t N, Dtype dtype,
+                                    int64_t threads) {
   const PositionBackwardPlan plan = plan_position_backward(B, M, N);
-  if (bf16_kernel) return 0;
-  const int64_t size = accumulator_size(dtype);
+  const int64_t size = accumulator_size(dtype), bm = plan.block_m, bn = plan.block_n;
   const int64_t shared =
-      plan.batch * (size * (N * D + M + plan.groups * D * M) + widened(dtype, D * M + D * N + C * N + C * M));
-  const int64_t bm = plan.block_m, bn = plan.block_n;
-  const int64_t scratch = size * (2 * bn * bm + 2 * C * bn + D * bn + D * std::max(bn, bm));
-  return shared + threads * scratch;
+      plan.batch * (size * (M + plan.groups * D * M) + widened(dtype, D * M + D * N + C * N + C * M));
+  return shared + threads * size * (2 * bn * bm + C * bn + D * bn + std::max(C * bn, D * std::max(bn, bm)));
 }
 
 }  // namespace danet

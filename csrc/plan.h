@@ -26,10 +26,10 @@ struct PositionBackwardPlan {
 };
 PositionBackwardPlan plan_position_backward(int64_t B, int64_t M, int64_t N);
 
-// Bytes that a call allocates beyond its results, at most. bf16_kernel: the AVX512-BF16 kernels run.
+// Bytes that a call allocates beyond its results, at most. bf16_kernel: whether the AVX512-BF16 kernel runs.
 int64_t position_forward_workspace(int64_t B, int64_t C, int64_t D, int64_t M, int64_t N, Dtype dtype, int64_t threads,
                                    bool bf16_kernel);
-int64_t position_backward_workspace(int64_t B, int64_t C, int64_t D, int64_t M, int64_t N, Dtype dtype, int64_t threads,
-                                    bool bf16_kernel);
+int64_t position_backward_workspace(int64_t B, int64_t C, int64_t D, int64_t M, int64_t N, Dtype dtype,
+                                    int64_t threads);
 
 }  // namespace danet

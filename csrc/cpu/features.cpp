@@ -1,5 +1,7 @@
 #include "features.h"
 
+#include <cstdlib>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -27,6 +29,12 @@ bool cpu_has_avx512_bf16() {
   return (eax >> 5) & 1;
 }
 
+bool cpu_runs_bf16_kernel() {
+  static const bool available = DANET_HAS_BF16_KERNEL && cpu_has_avx512_bf16(), fast = __builtin_cpu_is("amd");
+  const char* forced = std::getenv("DANET_KERNELS_BF16_KERNEL");
+  return available && (forced == nullptr ? fast : forced[0] == '1');
+}
+
 #else
 
 #if defined(__aarch64__)
@@ -38,6 +46,7 @@ const char* cpu_arch() { return "other"; }
 bool cpu_has_avx2() { return false; }
 bool cpu_has_avx512() { return false; }
 bool cpu_has_avx512_bf16() { return false; }
+bool cpu_runs_bf16_kernel() { return false; }
 
 #endif
 

@@ -8,7 +8,8 @@
 //   P = exp(scale * s - lse), dS = P (dout . v - delta),
 //   dq = gamma scale dS k, dk = gamma scale dS^T q, dv = gamma P^T dout, dgamma = sum_i r_i.
 #include "../plan.h"
-#include "position_attention.h"
+#include "delta.h"
+#include "epilogue.h"
 #include "prepare.h"
 
 namespace danet {
@@ -56,79 +57,27 @@ void accumulate(const View<const T>& a, const View<const T>& b, bool first, cons
   add<T>(product, sum);
 }
 
-template <class T, class E>
-DANET_SIMD void scale_into(const View<const T>& source, T factor, const View<E>& destination) {
-  transform(source, destination, [=](int64_t, int64_t, T x) __attribute__((always_inline)) {
-    E element;
-    narrow(factor * x, element);
-    return element;
-  });
-}
-
-template <class T>
-void write_gradient(const View<const T>& source, double factor, Dtype dtype, const Output& gradient, int64_t b,
-                    int64_t rows, int64_t columns, int64_t column) {
-  with_element<T>(dtype, [&](auto element) {
-    using E = decltype(element);
-    scale_into<T, E>(source, T(factor), matrix<E>(gradient, b, rows, columns).block(0, column, source.rows, source.columns));
-  });
-}
-
-// delta[i] = sum_c dout[c, i] * attn[c, i] over a block of columns. Summed in fp64, as dgamma is the sum of them all, which is
-// returned.
-template <class T>
-DANET_SIMD double row_dots(const View<const T>& dout, const View<const T>& attn, T* DANET_RESTRICT delta) {
-  double total = 0;
-  for (int64_t i0 = 0; i0 < dout.columns; i0 += kLanes) {
-    const int64_t count = std::min(kLanes, dout.columns - i0);
-    double sums[kLanes] = {};
-    for (int64_t c = 0; c < dout.rows; ++c) {
-      const T* DANET_RESTRICT g = dout.data + c * dout.row_stride + i0 * dout.column_stride;
-      const T* DANET_RESTRICT a = attn.data + c * attn.row_stride + i0 * attn.column_stride;
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i)
-        sums[i] += static_cast<double>(g[i * dout.column_stride]) * static_cast<double>(a[i * attn.column_stride]);
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      delta[i0 + i] = static_cast<T>(sums[i]);
-      total += sums[i];
-    }
-  }
-  return total;
-}
-
 template <class T>
 void backward(const PositionBackward& p) {
   const PositionBackwardPlan plan = plan_position_backward(p.B, p.M, p.N);
   const int64_t BM = plan.block_m, BN = plan.block_n, G = plan.groups, blocks = ceil_div(p.M, BM);
   const bool needs_dlogits = p.dquery.data || p.dkey.data, needs_pairs = needs_dlogits || p.dvalue.data;
-  const Dtype wide = sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
   Operand<T> dout(p.dout, p.dtype, p.C, p.M, plan.batch);
-  Operand<T> attn(p.attn, wide, p.C, p.M, plan.batch);
   Operand<T> query(p.query, p.dtype, p.D, p.M, plan.batch);
-  Operand<T> key(p.key, p.dtype, p.D, p.N, plan.batch, Order::kTransposed);
+  Operand<T> key(p.key, p.dtype, p.D, p.N, plan.batch);
   Operand<T> value(p.value, p.dtype, p.C, p.N, plan.batch);
-  Scratch<double> block_dots(plan.batch * blocks);
   Scratch<T> delta(plan.batch * p.M), dquery_partial(p.dquery.data ? plan.batch * G * p.D * p.M : 0);
   double dgamma = 0;
 
   for (int64_t b0 = 0; b0 < p.B; b0 += plan.batch) {
     const int64_t batch = std::min(plan.batch, p.B - b0);
     dout.load(b0, batch);
-    attn.load(b0, batch);
     query.load(b0, batch);
     key.load(b0, batch);
     value.load(b0, batch);
 
     // 1. delta [M] of each batch element, and dgamma
-    run_tasks(batch * blocks, [&](TaskQueue& queue) {
-      for (int64_t task; queue.next(task);) {
-        const int64_t b = b0 + task / blocks, i0 = task % blocks * BM, bm = std::min(BM, p.M - i0);
-        block_dots.data()[task] = row_dots<T>(dout[b].block(0, i0, p.C, bm), attn[b].block(0, i0, p.C, bm),
-                                              delta.data() + (b - b0) * p.M + i0);
-      }
-    });
-    for (int64_t task = 0; task < batch * blocks; ++task) dgamma += block_dots.data()[task];
+    dgamma += compute_delta<T>(p, b0, batch, BM, p.M, delta.data());
     if (!needs_pairs) continue;
 
     // 2. All pairs
@@ -193,7 +142,6 @@ void backward(const PositionBackward& p) {
 
 void position_attention_backward_cpu(const PositionBackward& p) {
   if (p.dtype == Dtype::kFloat64) return backward<double>(p);
-  if (bf16_kernel_runs(p.dtype)) return position_attention_backward_bf16(p);
   backward<float>(p);
 }
 

@@ -5,7 +5,8 @@
 #include <cmath>
 
 #include "../plan.h"
-#include "position_attention.h"
+#include "epilogue.h"
+#include "features.h"
 #include "prepare.h"
 #include "softmax.h"
 
@@ -24,27 +25,12 @@ DANET_SIMD void rescale_add(T* DANET_RESTRICT acc, const T* DANET_RESTRICT tile,
   }
 }
 
-// attn = acc / l and out = gamma * attn + residual, for [C, bm] blocks; attn and residual are optional.
-template <class T, class E>
-DANET_SIMD void write_block(const View<const T>& acc, const T* DANET_RESTRICT inverse_l, T gamma,
-                            const View<const E>& residual, const View<E>& out, const View<T>& attn) {
-  if (attn.data)
-    transform(acc, attn, [=](int64_t, int64_t i, T x) __attribute__((always_inline)) { return x * inverse_l[i]; });
-  transform(acc, out, [=](int64_t c, int64_t i, T x) __attribute__((always_inline)) {
-    T y = gamma * (x * inverse_l[i]);
-    if (residual.data) y += widen(residual.data[c * residual.row_stride + i * residual.column_stride]);
-    E element;
-    narrow(y, element);
-    return element;
-  });
-}
-
 template <class T>
 void forward(const PositionForward& p) {
   const PositionForwardPlan plan = plan_position_forward(p.B, p.M, p.N);
   const int64_t BM = plan.block_m, BN = plan.block_n, blocks = ceil_div(p.M, BM);
   Operand<T> query(p.query, p.dtype, p.D, p.M, plan.batch);
-  Operand<T> key(p.key, p.dtype, p.D, p.N, plan.batch, Order::kTransposed);
+  Operand<T> key(p.key, p.dtype, p.D, p.N, plan.batch);
   Operand<T> value(p.value, p.dtype, p.C, p.N, plan.batch);
 
   for (int64_t b0 = 0; b0 < p.B; b0 += plan.batch) {
@@ -93,7 +79,8 @@ void forward(const PositionForward& p) {
           using E = decltype(element);
           const View<const E> residual =
               p.residual.data ? matrix<E>(p.residual, b, p.C, p.M).block(0, i0, p.C, bm) : View<const E>{};
-          write_block<T, E>(acc_view, l, T(p.gamma), residual, matrix<E>(p.out, b, p.C, p.M).block(0, i0, p.C, bm), attn);
+          write_attention<T, E>(acc_view, l, T(p.gamma), residual,
+                                matrix<E>(p.out, b, p.C, p.M).block(0, i0, p.C, bm), attn);
         });
       } while (queue.next(task));
     });
@@ -104,7 +91,7 @@ void forward(const PositionForward& p) {
 
 void position_attention_forward_cpu(const PositionForward& p) {
   if (p.dtype == Dtype::kFloat64) return forward<double>(p);
-  if (bf16_kernel_runs(p.dtype)) return position_attention_forward_bf16(p);
+  if (p.dtype == Dtype::kBFloat16 && cpu_runs_bf16_kernel()) return position_attention_forward_bf16(p);
   forward<float>(p);
 }
 

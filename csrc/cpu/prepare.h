@@ -12,20 +12,17 @@ DANET_SIMD void widen_matrix(const View<const E>& source, const View<T>& destina
   transform(source, destination, [](int64_t, int64_t, E x) __attribute__((always_inline)) { return T(widen(x)); });
 }
 
-enum class Order { kAny, kTransposed };  // kTransposed: stored with the rows contiguous, as [columns, rows]
-
-// Matrices [rows, columns] of a batch as T: the caller's memory where dtype and order allow, else a copy.
+// Matrices [rows, columns] of a batch as T: the caller's memory where the dtype is T already, else a widened copy.
 template <class T>
 class Operand {
  public:
   // `batch` matrices at most are held at a time.
-  Operand(const Input& source, Dtype dtype, int64_t rows, int64_t columns, int64_t batch, Order order = Order::kAny)
+  Operand(const Input& source, Dtype dtype, int64_t rows, int64_t columns, int64_t batch)
       : source_(source),
         dtype_(dtype),
         rows_(rows),
         columns_(columns),
-        transposed_(order == Order::kTransposed),
-        in_place_(element_size(dtype) == sizeof(T) && (!transposed_ || source.row_stride == 1)),
+        in_place_(element_size(dtype) == sizeof(T)),
         copy_(in_place_ ? 0 : batch * rows * columns) {}
 
   // Makes the matrices first .. first + count - 1 ready.
@@ -54,13 +51,13 @@ class Operand {
  private:
   View<T> copy_of(int64_t b) const {
     T* data = const_cast<T*>(copy_.data()) + (b - first_) * rows_ * columns_;
-    return transposed_ ? View<T>{data, rows_, columns_, 1, rows_} : View<T>{data, rows_, columns_, columns_, 1};
+    return {data, rows_, columns_, columns_, 1};
   }
 
   const Input source_;
   const Dtype dtype_;
   const int64_t rows_, columns_;
-  const bool transposed_, in_place_;
+  const bool in_place_;
   int64_t first_ = 0;
   Scratch<T> copy_;
 };
