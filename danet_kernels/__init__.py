@@ -1,4 +1,4 @@
-"""Exact, fused position attention and channel attention of DANet (Fu et al., CVPR 2019) that never write the N x N map."""
+"""Exact, fused position and channel attention of DANet (Fu et al., CVPR 2019) that never write the N x N map."""
 
 from . import _vmap as _vmap
 from ._version import __version__

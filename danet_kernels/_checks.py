@@ -1,8 +1,8 @@
-"""Argument checks. One quick test per call; only a call that fails it pays for finding out which sentence to raise.
+"""Argument checks: sentences with what was expected and what came.
 
-The public functions call these on the tensors as given, the operators and their fake kernels on the flattened [B, *, N]
-form, so a wrong call gets the same sentence from a function, from an operator and under FakeTensor. Order of the sentences:
-type, rank, dtype, device, shape.
+The public functions call these on the tensors as given, the operators and their fake kernels on the flattened form
+[B, *, N], so a wrong call gets the same sentence from a function, from an operator and under FakeTensor. The first
+thing that is wrong is named, in the order type, rank, dtype, device, shape.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 VARIANTS = ("official", "paper")
-_GAMMA_DTYPES = DTYPES
 
 
 def check_position_attention(
@@ -27,7 +26,7 @@ def check_position_attention(
     *,
     autocast: bool = False,
 ) -> None:
-    """Raise TypeError or ValueError unless the arguments fit together. `autocast`: dtypes may differ, they will be cast."""
+    """Raise TypeError or ValueError unless the arguments fit together. autocast: dtypes may differ."""
     op = "position_attention"
     tensors = {"query": query, "key": key, "value": value}
     if residual is not None:
@@ -37,7 +36,8 @@ def check_position_attention(
         _mismatch(op, "the batch size B", tensors, 0)
     if query.shape[1] != key.shape[1]:
         raise ValueError(
-            f"{op}: query and key must have the same number of channels D, got query {_shape(query)} and key {_shape(key)}"
+            f"{op}: query and key must have the same number of channels D, "
+            f"got query {_shape(query)} and key {_shape(key)}"
         )
     if key.shape[2:] != value.shape[2:]:
         raise ValueError(
@@ -49,7 +49,9 @@ def check_position_attention(
         and residual.shape[2:] == query.shape[2:]
     ):
         expected = [query.shape[0], value.shape[1], *query.shape[2:]]
-        raise ValueError(f"{op}: residual must have the shape of the result, expected {expected}, got {_shape(residual)}")
+        raise ValueError(
+            f"{op}: residual must have the shape of the result, expected {expected}, got {_shape(residual)}"
+        )
 
 
 def check_channel_attention(x: Tensor, gamma: Tensor | None, variant: str) -> None:
@@ -62,7 +64,9 @@ def check_channel_attention(x: Tensor, gamma: Tensor | None, variant: str) -> No
 def check_variant(variant: str) -> None:
     """Raise ValueError unless `variant` is one of VARIANTS."""
     if variant not in VARIANTS:
-        raise ValueError(f"channel_attention: unknown variant {variant!r}, expected one of {', '.join(map(repr, VARIANTS))}")
+        raise ValueError(
+            f"channel_attention: unknown variant {variant!r}, expected one of {', '.join(map(repr, VARIANTS))}"
+        )
 
 
 def check_saved(op: str, names: Sequence[str], tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> None:
@@ -84,12 +88,14 @@ def _check_tensors(op: str, tensors: dict[str, Tensor], gamma: Tensor | None, *,
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {_kind(tensor)}")
         if tensor.dim() < 3:
-            raise ValueError(f"{op}: {name} must have at least 3 dimensions [B, channels, *positions], got {_shape(tensor)}")
+            raise ValueError(
+                f"{op}: {name} must have at least 3 dimensions [B, channels, *positions], got {_shape(tensor)}"
+            )
         if tensor.layout != torch.strided:
             raise TypeError(f"{op}: {name} must be a strided tensor, got layout {tensor.layout}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{op}: {name} must be one of {_names(DTYPES)}, got {_name(tensor.dtype)}")
-    for name, tensor in tensors.items():
+    for tensor in tensors.values():
         if same_dtype and tensor.dtype != first.dtype:
             got = ", ".join(f"{n} {_name(t.dtype)}" for n, t in tensors.items())
             raise TypeError(f"{op}: all of {', '.join(tensors)} must have one dtype, got {got}")
@@ -103,8 +109,8 @@ def _check_tensors(op: str, tensors: dict[str, Tensor], gamma: Tensor | None, *,
 def _check_gamma(op: str, gamma: Tensor, device: torch.device) -> None:
     if not isinstance(gamma, Tensor):
         raise TypeError(f"{op}: gamma must be a one-element tensor, a real number or None, got {_kind(gamma)}")
-    if gamma.dtype not in _GAMMA_DTYPES:
-        raise TypeError(f"{op}: gamma must be one of {_names(_GAMMA_DTYPES)}, got {_name(gamma.dtype)}")
+    if gamma.dtype not in DTYPES:
+        raise TypeError(f"{op}: gamma must be one of {_names(DTYPES)}, got {_name(gamma.dtype)}")
     if gamma.device != device:
         raise ValueError(f"{op}: gamma must be on the device of the other tensors, {device}, got {gamma.device}")
     if gamma.numel() != 1:

@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import LIBRARY
+from .ops import LIBRARY, OPS
 
 
 def _register(name: str, gamma_index: int, batched_results: int, gamma_gradient: bool = False) -> None:
-    """Register the rule of operator `name`, whose argument `gamma_index` is gamma and whose first `batched_results` results
-    carry the batch dimension. `gamma_gradient`: the last result sums over the batch, so it cannot be folded either."""
-    op = getattr(torch.ops.danet_kernels, name)
+    """Register the rule of operator `name`: argument `gamma_index` is gamma, the first `batched_results` results carry
+    the batch dimension. `gamma_gradient`: the last result sums over the batch, so it cannot be folded either."""
+    op = getattr(OPS, name)
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         size = info.batch_size
         moved = [
-            argument.movedim(dim, 0) if dim is not None else argument for argument, dim in zip(args, in_dims, strict=True)
+            argument.movedim(dim, 0) if dim is not None else argument
+            for argument, dim in zip(args, in_dims, strict=True)
         ]
         mapped = [dim is not None for dim in in_dims]
         if mapped[gamma_index] or (gamma_gradient and args[-2]):  # args[-2] of the backward operators: needs_gamma

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, ops, reference
+from . import backends, reference
 from ._checks import check_channel_attention, check_number, check_position_attention
 from ._layout import accumulator_dtype
-
-_OPS = torch.ops.danet_kernels
+from .ops import OPS
 
 
 def position_attention(
@@ -40,14 +39,14 @@ def position_attention(
         backend: "auto", or a name that `available_backends` lists.
 
     Returns:
-        [B, C, *S] in value's dtype; channels_last if value is. fp32, fp16, bf16 or fp64; query, key, value and residual share
-        one dtype, and autocast casts these four. Logits, statistics and sums are fp32 (fp64 for fp64) whatever the dtype.
+        [B, C, *S] in value's dtype; channels_last if value is. fp32, fp16, bf16 or fp64; query, key, value and residual
+        share one dtype, and autocast casts these four. Logits, statistics and sums are always fp32 (fp64 for fp64).
         Differentiable once, in reverse mode, in every tensor argument. With gamma = 0, out equals residual exactly.
 
     Raises:
         TypeError: not a tensor or number, or a dtype that is not supported or not shared.
         ValueError: rank, shapes or devices do not fit together; unknown backend.
-        NotImplementedError: the backend cannot run on these inputs (the message says why); forward-mode differentiation.
+        NotImplementedError: the backend cannot run on these inputs (the message says why); forward-mode AD.
     """
     op = "position_attention"
     check_number(op, "scale", scale)
@@ -57,7 +56,7 @@ def position_attention(
     tensors = (query, key, value, residual, gamma)
     _refuse_forward_mode(op, tensors)
     needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    out, _, _ = _OPS.position_attention_forward(
+    out, _, _ = OPS.position_attention_forward(
         query.flatten(2),
         key.flatten(2),
         value.flatten(2),
@@ -78,9 +77,10 @@ def channel_attention(
     residual: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """Exact channel attention (Fu et al., CVPR 2019, section 3.3, Eq. 3 and 4) in a workspace that does not grow with N.
+    """Exact channel attention in a workspace that does not grow with N (Fu et al., CVPR 2019, section 3.3, Eq. 3, 4).
 
-        out[b, c, n] = gamma * sum_k P[b, c, k] * x[b, k, n] + x[b, c, n],   G[b, c, k] = sum_n x[b, c, n] * x[b, k, n]
+        out[b, c, n] = gamma * sum_k P[b, c, k] * x[b, k, n] + x[b, c, n]
+        G[b, c, k]   = sum_n x[b, c, n] * x[b, k, n]
         P[b, c, :]   = softmax(rowmax(G) - G) = softmax(-G)   variant "official", as the authors' code
         P[b, c, :]   = softmax(G)                             variant "paper", as Eq. 3
 
@@ -92,24 +92,27 @@ def channel_attention(
         backend: "auto", or a name that `available_backends` lists.
 
     Returns:
-        [B, C, *S] in x's dtype and layout. fp32, fp16, bf16 or fp64. The Gram matrix, its softmax and all sums are fp32 (fp64
-        for fp64) whatever the dtype, so half precision neither overflows nor loses the map. Differentiable once, in reverse mode.
+        [B, C, *S] in x's dtype and layout. fp32, fp16, bf16 or fp64. The Gram matrix, its softmax and all sums are fp32
+        (fp64 for fp64) in any case, so half precision neither overflows nor loses the map. Differentiable once, in
+        reverse mode.
 
     Raises:
         TypeError: not a tensor or number, or a dtype that is not supported.
         ValueError: wrong rank or device; unknown variant or backend.
-        NotImplementedError: the backend cannot run on these inputs (the message says why); forward-mode differentiation.
+        NotImplementedError: the backend cannot run on these inputs (the message says why); forward-mode AD.
     """
     op = "channel_attention"
     gamma = _gamma_tensor(op, gamma, x)
     check_channel_attention(x, gamma, variant)
     _refuse_forward_mode(op, (x, gamma))
-    out, _, _ = _OPS.channel_attention_forward(x.flatten(2), gamma, variant, residual, backends.requested(backend))
+    out, _, _ = OPS.channel_attention_forward(x.flatten(2), gamma, variant, residual, backends.requested(backend))
     return out.view(x.shape)
 
 
 def position_attention_map(query: Tensor, key: Tensor, points: Tensor, *, scale: float = 1.0) -> Tensor:
-    """Exact rows of the position attention map (Fu et al., CVPR 2019, Eq. 1) for chosen query positions, in O(P * N) memory.
+    """Exact rows of the position attention map for P chosen query positions, in O(P * N) memory.
+
+    Fu et al., CVPR 2019, Eq. 1.
 
     Args:
         query: [B, D, *S], M positions in all.
@@ -127,14 +130,14 @@ def position_attention_map(query: Tensor, key: Tensor, points: Tensor, *, scale:
     check_number(op, "scale", scale)
     check_position_attention(query, key, key, None, None)
     if not isinstance(points, Tensor) or points.dtype not in (torch.int64, torch.int32):
-        got = points.dtype if isinstance(points, Tensor) else type(points).__name__
-        raise TypeError(f"{op}: points must be a tensor of int64 or int32, got {got}")
+        kind = points.dtype if isinstance(points, Tensor) else type(points).__name__
+        raise TypeError(f"{op}: points must be a tensor of int64 or int32, got {kind}")
     if points.device != query.device:
         raise ValueError(f"{op}: points must be on the device of query, {query.device}, got {points.device}")
     if points.dim() not in (1, 2) or (points.dim() == 2 and points.shape[0] != query.shape[0]):
         raise ValueError(f"{op}: points must have shape [P] or [{query.shape[0]}, P], got {list(points.shape)}")
     queries = query.shape[2:].numel()
-    if points.numel() and not (0 <= int(points.min()) and int(points.max()) < queries):
+    if points.numel() and (int(points.min()) < 0 or int(points.max()) >= queries):
         got = f"{int(points.min())} to {int(points.max())}"
         raise ValueError(f"{op}: points must lie between 0 and {queries - 1}, got {got}")
     wide = accumulator_dtype(query.dtype)
@@ -142,7 +145,9 @@ def position_attention_map(query: Tensor, key: Tensor, points: Tensor, *, scale:
 
 
 def channel_attention_map(x: Tensor, *, variant: str = "official") -> Tensor:
-    """The channel attention map (Fu et al., CVPR 2019, Eq. 3) of x [B, C, *S]: [B, C, C] in fp32 (fp64 for fp64), rows sum to 1.
+    """The channel attention map of x [B, C, *S] (Fu et al., CVPR 2019, Eq. 3).
+
+    Returns [B, C, C] in fp32 (fp64 for fp64); every row sums to 1.
 
     Raises TypeError and ValueError as `channel_attention`. Differentiable.
     """
@@ -151,7 +156,7 @@ def channel_attention_map(x: Tensor, *, variant: str = "official") -> Tensor:
 
 
 def _gamma_tensor(op: str, gamma: Tensor | float | None, model: Tensor) -> Tensor | None:
-    """A number becomes a one-element tensor of the accumulator dtype on the model's device: no host copy later, no sync."""
+    """A number becomes a one-element tensor of the accumulator dtype on the model's device: no copy, no sync."""
     if gamma is None or isinstance(gamma, Tensor) or not isinstance(model, Tensor):
         return gamma
     check_number(op, "gamma", gamma)

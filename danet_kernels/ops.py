@@ -2,7 +2,8 @@
 
     position_attention_forward, position_attention_backward, channel_attention_forward, channel_attention_backward
 
-They take flattened [B, *, N] tensors with any strides; functional.py is the public face. Rules for vmap are in _vmap.py.
+They take flattened [B, *, N] tensors with any strides. functional.py is the public face; the rules for vmap are in
+_vmap.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from ._layout import accumulator_dtype, empty_like_layout
 
 # A Library undoes its registrations when it is collected, so it lives as long as the module.
 LIBRARY = torch.library.Library("danet_kernels", "DEF")
+
+OPS = torch.ops.danet_kernels
+"""The operators, callable."""
 
 LIBRARY.define(
     "position_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? residual, Tensor? gamma, float scale, "
@@ -185,7 +189,7 @@ def _position_autograd(ctx: Any, dout: Tensor | None, *unused: Tensor | None) ->
     gradients: list[Tensor | None] = [None] * 4
     needs = (needs_query, needs_key, needs_value, needs_gamma)
     if any(needs):
-        computed = torch.ops.danet_kernels.position_attention_backward(
+        computed = OPS.position_attention_backward(
             dout, query, key, value, attn, lse, gamma, ctx.scale, *needs, ctx.backend
         )
         gradients = [gradient if needed else None for gradient, needed in zip(computed, needs, strict=True)]
@@ -194,14 +198,14 @@ def _position_autograd(ctx: Any, dout: Tensor | None, *unused: Tensor | None) ->
     return dquery, dkey, dvalue, dresidual, dgamma, None, None, None
 
 
-@register_flop_formula([torch.ops.danet_kernels.position_attention_forward])
+@register_flop_formula([OPS.position_attention_forward])
 def _position_forward_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     batch, d, queries = query
     channels, keys = value[1:]
     return 2 * batch * queries * keys * (d + channels)
 
 
-@register_flop_formula([torch.ops.danet_kernels.position_attention_backward])
+@register_flop_formula([OPS.position_attention_backward])
 def _position_backward_flops(dout: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     batch, d, queries = query
     channels, keys = value[1:]
@@ -296,19 +300,19 @@ def _channel_autograd(ctx: Any, dout: Tensor | None, *unused: Tensor | None) -> 
         return (None,) * 5
     x, gamma, row_max, row_sum = ctx.saved_tensors
     needs_x, needs_gamma = ctx.needs_input_grad[:2]
-    dx, dgamma = torch.ops.danet_kernels.channel_attention_backward(
+    dx, dgamma = OPS.channel_attention_backward(
         dout, x, gamma, row_max, row_sum, ctx.variant, ctx.residual, needs_x, needs_gamma, ctx.backend
     )
     return dx if needs_x else None, dgamma if needs_gamma else None, None, None, None
 
 
-@register_flop_formula([torch.ops.danet_kernels.channel_attention_forward])
+@register_flop_formula([OPS.channel_attention_forward])
 def _channel_forward_flops(x: Any, *args: Any, **kwargs: Any) -> int:
     batch, channels, positions = x
     return 4 * batch * channels * channels * positions
 
 
-@register_flop_formula([torch.ops.danet_kernels.channel_attention_backward])
+@register_flop_formula([OPS.channel_attention_backward])
 def _channel_backward_flops(dout: Any, x: Any, *args: Any, **kwargs: Any) -> int:
     batch, channels, positions = x
     return 8 * batch * channels * channels * positions
@@ -341,14 +345,15 @@ for _op in backends.OPS:
 
 
 def _register_autocast(name: str, device: str, tensors: int) -> None:
-    """Under autocast cast the first `tensors` arguments, never gamma; torch.library.register_autocast would cast it too."""
-    op = getattr(torch.ops.danet_kernels, name).default
+    """Under autocast cast the first `tensors` arguments. torch.library.register_autocast would cast gamma too."""
+    op = getattr(OPS, name).default
     key = f"Autocast{device.upper()}"
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def cast(argument: Tensor | None) -> Tensor | None:
-        eligible = argument is not None and argument.is_floating_point() and argument.dtype != torch.float64
-        return argument.to(torch.get_autocast_dtype(device)) if eligible else argument
+        if argument is None or not argument.is_floating_point() or argument.dtype == torch.float64:
+            return argument
+        return argument.to(torch.get_autocast_dtype(device))
 
     def kernel(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(keys):

@@ -1,7 +1,7 @@
-"""The definition of both operators, with every map materialised. Everything else in this package is tested against this file.
+"""The definition of both operators, with every map materialised. Everything else in this package is tested against it.
 
-It computes in the dtype of its inputs and is differentiable by plain autograd. Pass fp64 to get a yardstick; pass the dtype
-of a model to see what the usual eager formulation costs in memory and in accuracy.
+It computes in the dtype of its inputs and is differentiable by plain autograd. Pass fp64 to get a yardstick; pass the
+dtype of a model to see what the usual eager formulation costs in memory and in accuracy.
 
 Symbols (docs/math.md): B batch, C value channels, D query and key channels, *S query positions (M in all),
 *T key positions (N in all). Imports nothing of this package.

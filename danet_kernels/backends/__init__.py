@@ -1,11 +1,11 @@
 """The backends and the choice among them.
 
-A backend is a module with `why_not(op, *inputs) -> list of reasons` (empty: it can run) and four functions that share one
-contract, so that autograd is written once (ops.py) and any backend can run the backward of another's forward:
+A backend is a module with `why_not(op, *inputs) -> list of reasons` (empty: it can run) and four functions that share
+one contract, so that autograd is written once (ops.py) and any backend can run the backward of another's forward:
 
-    position_attention_forward(query, key, value, residual, gamma, scale, needs_attn)      -> out, attn, lse
-    position_attention_backward(dout, query, key, value, attn, lse, gamma, scale, needs)   -> dquery, dkey, dvalue, dgamma
-    channel_attention_forward(x, gamma, variant, residual)                                 -> out, row_max, row_sum
+    position_attention_forward(query, key, value, residual, gamma, scale, needs_attn)    -> out, attn, lse
+    position_attention_backward(dout, query, key, value, attn, lse, gamma, scale, needs) -> dquery, dkey, dvalue, dgamma
+    channel_attention_forward(x, gamma, variant, residual)                               -> out, row_max, row_sum
     channel_attention_backward(dout, x, gamma, row_max, row_sum, variant, residual, needs) -> dx, dgamma
 
 `needs` is one bool per gradient; a gradient that is not needed comes back as an empty tensor, and so does attn.
@@ -73,9 +73,9 @@ def check_name(name: str) -> str:
 
 
 def requested(name: str) -> str:
-    """The backend asked for: the argument unless it is "auto", else the context's, else the environment's, else "auto".
+    """The backend asked for: the argument unless it is "auto", else that of the context, of the environment, "auto".
 
-    While torch.compile traces (it cannot read a ContextVar) the name stays as given: the operator asks again when it runs.
+    While torch.compile traces, which cannot read a ContextVar, the name stays as given: the operator asks when it runs.
     """
     if check_name(name) != "auto" or torch.compiler.is_compiling():
         return name

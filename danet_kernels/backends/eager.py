@@ -30,7 +30,7 @@ def position_attention_forward(
     q, k, v = _upcast(query), _upcast(key), _upcast(value)
     logits = scale * (q.transpose(1, 2) @ k)  # [B, M, N]
     attn = v @ torch.softmax(logits, dim=-1).transpose(1, 2)  # [B, C, M]
-    out = reference._blend(attn, _upcast(residual), _upcast(gamma))
+    out = reference._blend(attn, _upcast_optional(residual), _upcast_optional(gamma))
     saved = to_layout(attn, value, attn.dtype) if needs_attn else attn.new_empty(0)
     return to_layout(out, value, value.dtype), saved, torch.logsumexp(logits, dim=-1)
 
@@ -84,7 +84,7 @@ def channel_attention_forward(
         # rowmax(G) - G has inf - inf in it where a row of G holds +inf; softmax(-G) alone would hide that.
         row_sum = torch.where((logits == -torch.inf).any(dim=-1), torch.nan, row_sum)
     attn = (unnormalised / row_sum[:, :, None]) @ wide  # [B, C, N]
-    out = reference._blend(attn, wide if residual else None, _upcast(gamma))
+    out = reference._blend(attn, wide if residual else None, _upcast_optional(gamma))
     return to_layout(out, x, x.dtype), row_max, row_sum
 
 
@@ -123,5 +123,9 @@ def _channel_sign(variant: str) -> float:
     return -1.0 if variant == "official" else 1.0
 
 
-def _upcast(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(accumulator_dtype(tensor.dtype))
+def _upcast(tensor: Tensor) -> Tensor:
+    return tensor.to(accumulator_dtype(tensor.dtype))
+
+
+def _upcast_optional(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _upcast(tensor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -57,6 +58,13 @@ def _load() -> str | None:
 _not_loaded = _load()
 
 
+def plans() -> ModuleType:
+    """The tile and workspace plans of csrc/plan.h. Call only where `why_not` has no reasons."""
+    from .. import _C
+
+    return _C
+
+
 def why_not(op: str, *inputs: Tensor) -> list[str]:
     """Reasons why the C++ kernels cannot run `op` on these inputs."""
     reasons = [] if _not_loaded is None else [_not_loaded]
@@ -75,7 +83,9 @@ def position_attention_forward(
     needs_attn: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [B, C, M], attn [B, C, M] or [0], lse [B, M]."""
-    return torch.ops.danet_kernels.position_attention_forward_native(query, key, value, residual, gamma, scale, needs_attn)
+    return torch.ops.danet_kernels.position_attention_forward_native(
+        query, key, value, residual, gamma, scale, needs_attn
+    )
 
 
 def position_attention_backward(

@@ -1,0 +1,216 @@
+"""How wrong a result may be: the one rule for the self-test, the tests and the benchmarks.
+
+The yardstick is the error of an ideal kernel, which computes in fp32 (the definition in reference.py, on
+upcast inputs) and rounds once at the end, against the same definition in fp64. With e the ideal's largest
+error over the tensor, a result passes if every element lies within 2 e plus one ULP of its dtype at that
+magnitude, and if the Frobenius norm of its error is at most twice the ideal's; three times for gradients.
+An element is not held to the ideal's own error at that place, because by luck that is zero in some places.
+
+"The ideal" is more than one computation, and the largest error among them counts, since one of them may be
+exact by luck where a tensor is small:
+- every sum also in the opposite order;
+- the gradients of position attention also from the saved lse and attn, as every kernel without the map must
+  form them: where a row of the map is nearly one-hot, autograd through the map cancels errors that no such
+  kernel can;
+- for fp64, where the ideal would be the reference itself: the opposite order, and fp32 scaled by the ratio
+  of the two epsilons.
+For the same reason the Frobenius norm may exceed its bound by one ULP of the largest element, and dgamma,
+one number, has for its e at least the standard deviation that such a sum has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._layout import accumulator_dtype
+
+OUT_FACTOR = 2.0
+GRADIENT_FACTOR = 3.0
+
+Function = Callable[..., Tensor]
+Inputs = Mapping[str, Tensor | None]  # by parameter name; an optional one may be None or left out
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What one result should be, and how far the ideal kernel is from it."""
+
+    exact: Tensor  # fp64
+    dtype: torch.dtype  # of the result to be judged
+    largest: float  # e
+    frobenius: float  # norm of the ideal's error
+    factor: float
+
+    def allowed(self) -> Tensor:
+        """The largest error allowed, element by element."""
+        return self.factor * self.largest + ulp(self.exact, self.dtype)
+
+    def frobenius_allowed(self) -> float:
+        return self.factor * self.frobenius + float(ulp(self.exact.abs().amax(), self.dtype))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A result measured against its yardstick; `error` to `expected` are those of the worst element."""
+
+    error: float = 0.0
+    allowed: float = 1.0
+    index: tuple[int, ...] = ()
+    got: float = 0.0
+    expected: float = 0.0
+    frobenius: float = 0.0
+    frobenius_allowed: float = 1.0
+    complaint: str | None = None  # a wrong shape or dtype, which leaves nothing to measure
+
+    @property
+    def ok(self) -> bool:
+        within = self.error <= self.allowed and self.frobenius <= self.frobenius_allowed  # false for NaN
+        return self.complaint is None and within
+
+    def __str__(self) -> str:
+        if self.complaint is not None:
+            return self.complaint
+        return (
+            f"largest error {self.error:.3g}, allowed {self.allowed:.3g}, at {list(self.index)}: "
+            f"got {self.got!r}, expected {self.expected!r}; "
+            f"Frobenius error {self.frobenius:.3g}, allowed {self.frobenius_allowed:.3g}"
+        )
+
+
+def evaluate(
+    function: Function, inputs: Inputs, dout: Tensor | None = None, *, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """{"out": function(**inputs)} and, given dout, the gradient of every input as "d" + its name.
+
+    The inputs keep their strides and are left as they are. `dtype` casts them all, and dout, first.
+    """
+    leaves = {}
+    for name, tensor in inputs.items():
+        if tensor is not None:
+            leaves[name] = tensor.detach().to(dtype or tensor.dtype).requires_grad_(dout is not None)
+    out = function(**leaves)
+    results = {"out": out.detach()}
+    if dout is not None:
+        gradients = torch.autograd.grad(out, list(leaves.values()), dout.to(out.dtype))
+        results |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return results
+
+
+def yardsticks(op: str, inputs: Inputs, dout: Tensor | None = None, **options: Any) -> dict[str, Yardstick]:
+    """A yardstick for each result of `evaluate` of the operator `op` (such as "position_attention").
+
+    options: scale, or variant and residual. Raises ValueError if an exact result is not finite, as there
+    is no error to measure then.
+    """
+    definition = partial(getattr(reference, op), **options)
+    given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    dtypes = {f"d{name}": tensor.dtype for name, tensor in given.items()}
+    dtypes["out"] = dtype = next(iter(dtypes.values()))  # an operator gives back the dtype of its first argument
+    wide = accumulator_dtype(dtype)
+    exact = evaluate(definition, given, dout, dtype=torch.float64)
+    scale = torch.finfo(wide).eps / torch.finfo(torch.float32).eps
+    ideals = [
+        (evaluate(definition, given, dout, dtype=torch.float32), scale),
+        (_in_opposite_order(definition, given, dout, wide), 1.0),
+    ]
+    if op == "position_attention" and dout is not None:
+        from_lse = partial(_position_from_lse, **options)
+        for run in (
+            evaluate(from_lse, given, dout, dtype=wide),
+            _in_opposite_order(from_lse, given, dout, wide),
+        ):
+            ideals.append(({name: run[name] for name in run if name != "out"}, 1.0))
+    found = {}
+    for name, value in exact.items():
+        if not value.to(dtypes[name]).isfinite().all():
+            raise ValueError(f"{name} of the reference is not finite, so no error can be measured against it")
+        errors = [(ideal[name].to(dtypes[name]).double() - value) * scale for ideal, scale in ideals if name in ideal]
+        largest = max(float(error.abs().max()) if error.numel() else 0.0 for error in errors)
+        frobenius = max(float(error.norm()) for error in errors)
+        if name == "dgamma" and dout is not None:
+            largest = frobenius = max(largest, _sum_deviation(definition, given, dout, wide))
+        factor = OUT_FACTOR if name == "out" else GRADIENT_FACTOR
+        found[name] = Yardstick(value, dtypes[name], largest, frobenius, factor)
+    return found
+
+
+def judge(got: Tensor, yardstick: Yardstick) -> Verdict:
+    """Measure one result, which may be on any device."""
+    exact = yardstick.exact
+    if got.shape != exact.shape or got.dtype != yardstick.dtype:
+        wanted = f"{list(exact.shape)} of {yardstick.dtype}"
+        return Verdict(complaint=f"expected {wanted}, got {list(got.shape)} of {got.dtype}")
+    if not exact.numel():
+        return Verdict()
+    wide = got.detach().to(exact.device, torch.float64)
+    error, allowed = (wide - exact).abs(), yardstick.allowed()
+    worst = (error / allowed).argmax()  # the first NaN, if there is one
+    index = tuple(int(i) for i in torch.unravel_index(worst, exact.shape))
+    return Verdict(
+        error=float(error[index]),
+        allowed=float(allowed[index]),
+        index=index,
+        got=float(wide[index]),
+        expected=float(exact[index]),
+        frobenius=float(error.norm()),
+        frobenius_allowed=yardstick.frobenius_allowed(),
+    )
+
+
+def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbouring numbers of `dtype` at each element of `value`, in fp64."""
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(value.double())  # |value| = mantissa * 2^exponent, 0.5 <= mantissa < 1
+    spacing = torch.ldexp(torch.full_like(value, info.eps, dtype=torch.float64), exponent - 1)
+    return spacing.clamp(min=info.smallest_normal * info.eps)  # constant below the normal numbers
+
+
+def _turn(tensor: Tensor) -> Tensor:
+    """[B, channels, *positions] back to front in all but the batch; gamma, one number, stays as it is."""
+    return tensor.flip(tuple(range(1, tensor.dim()))) if tensor.numel() > 1 else tensor
+
+
+def _in_opposite_order(
+    function: Function, inputs: Inputs, dout: Tensor | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """As `evaluate`, with every sum over channels or positions in the opposite order."""
+    turned = {name: None if tensor is None else _turn(tensor) for name, tensor in inputs.items()}
+    results = evaluate(function, turned, None if dout is None else _turn(dout), dtype=dtype)
+    return {name: _turn(result) for name, result in results.items()}
+
+
+def _position_from_lse(
+    query: Tensor,  # [B, D, *S]
+    key: Tensor,  # [B, D, *T]
+    value: Tensor,  # [B, C, *T]
+    residual: Tensor | None = None,  # [B, C, *S]
+    gamma: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+) -> Tensor:  # [B, C, *S]
+    """Position attention whose gradients come from lse, and from delta = dout . attn instead of sum(P dP)."""
+    logits = scale * (query.flatten(2).transpose(1, 2) @ key.flatten(2))  # [B, M, N]
+    weights = torch.exp(logits - torch.logsumexp(logits, dim=-1, keepdim=True).detach())  # [B, M, N]
+    total = weights.sum(dim=-1)  # [B, M]
+    one = 1 + (total - total.detach())  # only its gradient matters
+    attn = value.flatten(2) @ weights.transpose(1, 2) / one[:, None, :]  # [B, C, M]
+    return reference._blend(attn.view(*attn.shape[:2], *query.shape[2:]), residual, gamma)
+
+
+def _sum_deviation(definition: Function, inputs: Inputs, dout: Tensor, dtype: torch.dtype) -> float:
+    """Standard deviation of dgamma = sum(dout * attn) in `dtype`: errors of the terms and of their sum."""
+    attention = partial(definition, residual=False if "x" in inputs else None)
+    operands = {name: tensor for name, tensor in inputs.items() if name not in ("residual", "gamma")}
+    exact = evaluate(attention, operands, dtype=torch.float64)["out"]
+    error = _in_opposite_order(attention, operands, None, dtype)["out"] - exact
+    adding = (
+        2 * torch.finfo(dtype).eps * float((dout * exact).norm())
+    )  # in blocks of some 16 terms; pairwise: a quarter
+    return float((dout * error).norm()) + adding
