@@ -81,7 +81,7 @@ struct ChannelBackward {
 };
 
 void position_attention_forward_cpu(const PositionForward& p);
-void position_attention_forward_bf16(const PositionForward& p);  // where cpu_runs_bf16_kernel()
+void position_attention_forward_bf16(const PositionForward& p);  // where cpu_runs_bf16_kernel(); no attn
 void position_attention_backward_cpu(const PositionBackward& p);
 void channel_attention_forward_cpu(const ChannelForward& p);
 void channel_attention_backward_cpu(const ChannelBackward& p);

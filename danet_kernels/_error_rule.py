@@ -8,12 +8,12 @@ An element is not held to the ideal's own error at that place, because by luck t
 
 "The ideal" is more than one computation, and the largest error among them counts, since one of them may be
 exact by luck where a tensor is small:
-- every sum also in the opposite order;
+- the definition also with channels and positions in random orders, which changes the roundings only;
 - the gradients of position attention also from the saved lse and attn, as every kernel without the map must
   form them: where a row of the map is nearly one-hot, autograd through the map cancels errors that no such
   kernel can;
-- for fp64, where the ideal would be the reference itself: the opposite order, and fp32 scaled by the ratio
-  of the two epsilons.
+- for fp64, where the ideal would be the reference itself: the random orders, and fp32 scaled by the ratio of
+  the two epsilons.
 For the same reason the Frobenius norm may exceed its bound by one ULP of the largest element, and dgamma,
 one number, has for its e at least the standard deviation that such a sum has.
 """
@@ -33,6 +33,10 @@ from ._layout import accumulator_dtype
 
 OUT_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
+DRAWS = 3  # random orders
+
+# The dimensions of every tensor after the batch, *S as S and *T as T; gamma has none.
+_AXES = {"query": "DS", "key": "DT", "value": "CT", "residual": "CS", "x": "CS", "out": "CS"}
 
 Function = Callable[..., Tensor]
 Inputs = Mapping[str, Tensor | None]  # by parameter name; an optional one may be None or left out
@@ -115,23 +119,23 @@ def yardsticks(op: str, inputs: Inputs, dout: Tensor | None = None, **options: A
     dtypes["out"] = dtype = next(iter(dtypes.values()))  # an operator gives back the dtype of its first argument
     wide = accumulator_dtype(dtype)
     exact = evaluate(definition, given, dout, dtype=torch.float64)
-    scale = torch.finfo(wide).eps / torch.finfo(torch.float32).eps
-    ideals = [
-        (evaluate(definition, given, dout, dtype=torch.float32), scale),
-        (_in_opposite_order(definition, given, dout, wide), 1.0),
-    ]
-    if op == "position_attention" and dout is not None:
-        from_lse = partial(_position_from_lse, **options)
-        for run in (
-            evaluate(from_lse, given, dout, dtype=wide),
-            _in_opposite_order(from_lse, given, dout, wide),
-        ):
-            ideals.append(({name: run[name] for name in run if name != "out"}, 1.0))
+    ideals = [(evaluate(definition, given, dout, dtype=torch.float32), _epsilon(wide) / _epsilon(torch.float32))]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(DRAWS):
+        ideals.append((_shuffled(definition, given, dout, wide, generator), 1.0))
+        if op == "position_attention" and dout is not None:
+            results = _shuffled(partial(_position_from_lse, **options), given, dout, wide, generator)
+            del results["out"]
+            ideals.append((results, 1.0))
     found = {}
     for name, value in exact.items():
         if not value.to(dtypes[name]).isfinite().all():
             raise ValueError(f"{name} of the reference is not finite, so no error can be measured against it")
-        errors = [(ideal[name].to(dtypes[name]).double() - value) * scale for ideal, scale in ideals if name in ideal]
+        errors = [
+            (ideal[name].to(dtypes[name]).double().view_as(value) - value) * scale
+            for ideal, scale in ideals
+            if name in ideal
+        ]
         largest = max(float(error.abs().max()) if error.numel() else 0.0 for error in errors)
         frobenius = max(float(error.norm()) for error in errors)
         if name == "dgamma" and dout is not None:
@@ -172,18 +176,35 @@ def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
     return spacing.clamp(min=info.smallest_normal * info.eps)  # constant below the normal numbers
 
 
-def _turn(tensor: Tensor) -> Tensor:
-    """[B, channels, *positions] back to front in all but the batch; gamma, one number, stays as it is."""
-    return tensor.flip(tuple(range(1, tensor.dim()))) if tensor.numel() > 1 else tensor
+def _epsilon(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
-def _in_opposite_order(
-    function: Function, inputs: Inputs, dout: Tensor | None, dtype: torch.dtype
+def _shuffled(
+    function: Function,
+    inputs: Mapping[str, Tensor],
+    dout: Tensor | None,
+    dtype: torch.dtype,
+    generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """As `evaluate`, with every sum over channels or positions in the opposite order."""
-    turned = {name: None if tensor is None else _turn(tensor) for name, tensor in inputs.items()}
-    results = evaluate(function, turned, None if dout is None else _turn(dout), dtype=dtype)
-    return {name: _turn(result) for name, result in results.items()}
+    """As `evaluate`, on flattened positions, with channels and positions in random orders, put back afterwards."""
+    flat = {name: tensor.flatten(2) if tensor.dim() > 1 else tensor for name, tensor in inputs.items()}
+    orders = {}
+    for name, tensor in flat.items():
+        for axis, size in zip(_AXES.get(name, ""), tensor.shape[1:], strict=False):
+            if axis not in orders:
+                orders[axis] = torch.randperm(size, generator=generator)
+    shuffled = {name: _reorder(name, tensor, orders) for name, tensor in flat.items()}
+    back = {axis: order.argsort() for axis, order in orders.items()}
+    shuffled_dout = None if dout is None else _reorder("out", dout.flatten(2), orders)
+    results = evaluate(function, shuffled, shuffled_dout, dtype=dtype)
+    return {name: _reorder(name if name == "out" else name[1:], result, back) for name, result in results.items()}
+
+
+def _reorder(name: str, tensor: Tensor, orders: Mapping[str, Tensor]) -> Tensor:
+    for dim, axis in enumerate(_AXES.get(name, ""), start=1):
+        tensor = tensor.index_select(dim, orders[axis])
+    return tensor
 
 
 def _position_from_lse(
@@ -204,13 +225,17 @@ def _position_from_lse(
     return reference._blend(attn.view(*attn.shape[:2], *query.shape[2:]), residual, gamma)
 
 
-def _sum_deviation(definition: Function, inputs: Inputs, dout: Tensor, dtype: torch.dtype) -> float:
-    """Standard deviation of dgamma = sum(dout * attn) in `dtype`: errors of the terms and of their sum."""
+def _sum_deviation(definition: Function, inputs: Mapping[str, Tensor], dout: Tensor, dtype: torch.dtype) -> float:
+    """Standard deviation of dgamma = sum(dout * attn) in `dtype`: errors of the terms and of their sum.
+
+    The errors of one row of the map go together, so whole rows are looked at as well as single terms.
+    """
     attention = partial(definition, residual=False if "x" in inputs else None)
     operands = {name: tensor for name, tensor in inputs.items() if name not in ("residual", "gamma")}
-    exact = evaluate(attention, operands, dtype=torch.float64)["out"]
-    error = _in_opposite_order(attention, operands, None, dtype)["out"] - exact
-    adding = (
-        2 * torch.finfo(dtype).eps * float((dout * exact).norm())
-    )  # in blocks of some 16 terms; pairwise: a quarter
-    return float((dout * error).norm()) + adding
+    exact = evaluate(attention, operands, dtype=torch.float64)["out"].flatten(2)  # [B, C, M]
+    rounded = _shuffled(attention, operands, None, dtype, torch.Generator().manual_seed(0))["out"]
+    weights = dout.flatten(2).double()
+    terms = weights * (rounded - exact)
+    rows = terms.sum(dim=2 if "x" in inputs else 1)
+    adding = 2 * _epsilon(dtype) * float((weights * exact).norm())  # in blocks of some 16; pairwise: a quarter
+    return max(float(terms.norm()), float(rows.norm())) + adding

@@ -67,7 +67,7 @@ class Case:
 # Sizes on both sides of the kernels' tiles, M != N, and maps from flat to one-hot.
 CASES = {
     "position_attention": (
-        Case(2, 65, (1, 1), (1, 1), 8),
+        Case(2, 65, (5, 7), (1, 1), 8),
         Case(2, 33, (1, 7), (1, 7), 17),
         Case(1, 64, (5, 3), (9, 11), 8, gamma=None, residual=False),
         Case(1, 512, (9, 7), (9, 7), 64, spread=3.0),
@@ -82,7 +82,7 @@ CASES = {
     ),
     "channel_attention": (
         Case(2, 33, (1, 1)),
-        Case(1, 3, (9, 31)),
+        Case(3, 17, (9, 31)),
         Case(2, 31, (1, 7), variant="paper"),
         Case(1, 64, (5, 13), gamma=None, residual=False),
         Case(1, 127, (7, 9), gamma=-0.5, variant="paper", spread=0.3),

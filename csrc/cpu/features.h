@@ -11,7 +11,7 @@ bool cpu_has_avx2();         // AVX2 and FMA (x86-64-v3)
 bool cpu_has_avx512();       // AVX-512 F, BW, DQ and VL
 bool cpu_has_avx512_bf16();  // the above and AVX512-BF16 (vdpbf16ps)
 
-// Whether bf16 position attention goes to the vdpbf16ps kernel (cpu/position_attention_bf16.cpp) rather than through fp32: the
+// Whether bf16 position attention without a backward goes to the vdpbf16ps kernel (cpu/position_attention_bf16.cpp) rather than through fp32: the
 // build and the CPU have it, and there it does more work per cycle than two fp32 FMAs: on AMD since Zen 4 twice as much, on
 // Intel half as much (Emerald Rapids, 2026-11: 86 against 175 GFLOP/s per core), where bf16 is for AMX. The environment
 // variable DANET_KERNELS_BF16_KERNEL (0 or 1) overrides that last judgement.

@@ -1,5 +1,6 @@
 // Position attention forward in bf16 with vdpbf16ps. The shape of the fp32 kernel (position_attention_fwd.cpp) with its own
-// GEMM: queries in panels of 64 lanes, probabilities rounded to bf16 and packed as pairs by the softmax, sums in fp32.
+// GEMM: queries in panels of 64 lanes, probabilities rounded to bf16 and packed as pairs by the softmax, sums in fp32. For
+// inference: it does not keep attn.
 #include <cmath>
 
 #include "../plan.h"
@@ -101,7 +102,7 @@ void position_attention_forward_bf16(const PositionForward& p) {
                      correction, acc.data() + panel * p.C * kLanes, kLanes);
           }
         }
-        // 4. lse = m + log l; out and attn in their layouts
+        // 4. lse = m + log l; out in its layout
         for (int64_t panel = 0; panel < panels; ++panel) {
           const int64_t i0 = (first_panel + panel) * kLanes, bm = std::min(kLanes, p.M - i0);
           float *m = maxima + panel * kLanes, *l = sums + panel * kLanes;
@@ -113,9 +114,8 @@ void position_attention_forward_bf16(const PositionForward& p) {
           const View<const float> block{acc.data() + panel * p.C * kLanes, p.C, bm, kLanes, 1};
           const View<const BFloat16> residual =
               p.residual.data ? matrix<BFloat16>(p.residual, b0 + b, p.C, p.M).block(0, i0, p.C, bm) : View<const BFloat16>{};
-          const View<float> attn = p.attn.data ? matrix<float>(p.attn, b0 + b, p.C, p.M).block(0, i0, p.C, bm) : View<float>{};
           write_attention<float, BFloat16>(block, l, static_cast<float>(p.gamma), residual,
-                                           matrix<BFloat16>(p.out, b0 + b, p.C, p.M).block(0, i0, p.C, bm), attn);
+                                           matrix<BFloat16>(p.out, b0 + b, p.C, p.M).block(0, i0, p.C, bm), View<float>{});
         }
       } while (queue.next(task));
     });

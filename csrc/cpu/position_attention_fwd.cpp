@@ -91,7 +91,10 @@ void forward(const PositionForward& p) {
 
 void position_attention_forward_cpu(const PositionForward& p) {
   if (p.dtype == Dtype::kFloat64) return forward<double>(p);
-  if (p.dtype == Dtype::kBFloat16 && cpu_runs_bf16_kernel()) return position_attention_forward_bf16(p);
+  // With a backward to come the sums must be better than that kernel's, which multiplies probabilities rounded to bf16: attn
+  // enters the fp32 gradient of gamma and cancels in those of query and key.
+  const bool inference = p.attn.data == nullptr;
+  if (p.dtype == Dtype::kBFloat16 && inference && cpu_runs_bf16_kernel()) return position_attention_forward_bf16(p);
   forward<float>(p);
 }
 

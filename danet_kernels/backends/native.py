@@ -7,6 +7,7 @@ without it and this module can say what is missing.
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -60,9 +61,7 @@ _not_loaded = _load()
 
 def plans() -> ModuleType:
     """The tile and workspace plans of csrc/plan.h. Call only where `why_not` has no reasons."""
-    from .. import _C
-
-    return _C
+    return import_module("danet_kernels._C")
 
 
 def why_not(op: str, *inputs: Tensor) -> list[str]:
