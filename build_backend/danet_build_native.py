@@ -93,8 +93,9 @@ def _link(link: Path, target: Path) -> None:
 def ninja_text(toolchain: Toolchain, work: str) -> str:
     """The ninja file; its paths are relative to the project root, where ninja runs."""
     kernels = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
-    cpu_sources = ["csrc/ops_cpu.cpp", "csrc/plan.cpp", *kernels]
-    module_sources = ["csrc/module.cpp", "csrc/plan.cpp", "csrc/cpu/features.cpp"]
+    plans = ["csrc/plan.cpp", "csrc/channel_plan.cpp"]
+    cpu_sources = ["csrc/ops_cpu.cpp", *plans, *kernels]
+    module_sources = ["csrc/module.cpp", *plans, "csrc/cpu/features.cpp"]
     stub = f"{work}/stub/libtorch_cpu.so"
     # gcc alone would resolve the links to the headers, and error messages would show paths of this machine.
     path_flag = "" if "clang" in toolchain.compiler_version else " -fno-canonical-system-headers"

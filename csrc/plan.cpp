@@ -14,10 +14,11 @@ int64_t widened(Dtype dtype, int64_t elements) { return element_size(dtype) == 2
 
 }  // namespace
 
-PositionForwardPlan plan_position_forward(int64_t B, int64_t M, int64_t N) {
+PositionForwardPlan plan_position_forward(int64_t B, int64_t C, int64_t M, int64_t N) {
   PositionForwardPlan plan;
   plan.block_m = std::min<int64_t>(128, M);
-  plan.block_n = std::min<int64_t>(512, N);
+  // With few channels the tiles' products cost little whatever their size, and short ones keep the chains of additions short.
+  plan.block_n = std::min<int64_t>(C < 64 ? 128 : 512, N);
   plan.batch = std::clamp<int64_t>(kTasksInFlight / ceil_div(M, plan.block_m), 1, B);
   return plan;
 }
@@ -36,7 +37,7 @@ PositionBackwardPlan plan_position_backward(int64_t B, int64_t M, int64_t N) {
 
 int64_t position_forward_workspace(int64_t B, int64_t C, int64_t D, int64_t M, int64_t N, Dtype dtype, int64_t threads,
                                    bool bf16_kernel) {
-  const PositionForwardPlan plan = plan_position_forward(B, M, N);
+  const PositionForwardPlan plan = plan_position_forward(B, C, M, N);
   if (bf16_kernel) {
     const int64_t lanes = ceil_div(plan.block_m, 64) * 64;
     const int64_t shared = plan.batch * 2 * ((D + 1) * (M + 63) + N * (D + 1) + C * (N + 1));

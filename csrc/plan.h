@@ -15,7 +15,7 @@ struct PositionForwardPlan {
   int64_t block_n;  // keys per tile
   int64_t batch;    // batch elements in flight, so that small maps keep all threads busy
 };
-PositionForwardPlan plan_position_forward(int64_t B, int64_t M, int64_t N);
+PositionForwardPlan plan_position_forward(int64_t B, int64_t C, int64_t M, int64_t N);
 
 struct PositionBackwardPlan {
   int64_t block_m;          // queries per tile

@@ -8,12 +8,12 @@ namespace {
 
 // attn = acc / l and out = gamma * attn + residual, for [C, bm] blocks; attn and residual are optional.
 template <class T, class E>
-DANET_SIMD void write_attention(const View<const T>& acc, const T* DANET_RESTRICT inverse_l, T gamma,
+DANET_SIMD void write_attention(const View<const T>& acc, const T* DANET_RESTRICT l, T gamma,
                                 const View<const E>& residual, const View<E>& out, const View<T>& attn) {
   if (attn.data)
-    transform(acc, attn, [=](int64_t, int64_t i, T x) __attribute__((always_inline)) { return x * inverse_l[i]; });
+    transform(acc, attn, [=](int64_t, int64_t i, T x) __attribute__((always_inline)) { return x / l[i]; });
   transform(acc, out, [=](int64_t c, int64_t i, T x) __attribute__((always_inline)) {
-    T y = gamma * (x * inverse_l[i]);
+    T y = gamma * (x / l[i]);
     if (residual.data) y += widen(residual.data[c * residual.row_stride + i * residual.column_stride]);
     E element;
     narrow(y, element);

@@ -6,7 +6,25 @@
 #include <atomic>
 #include <cstdint>
 
+// MKL, where torch's BLAS is MKL: sets the calling thread's number of threads and returns what it was (0: the common one).
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
+
 namespace danet {
+
+// While it lives, GEMMs of this thread run on one thread. Inside a parallel region MKL runs on one thread anyway, but still
+// cuts the product as if for the number of threads it was told, and some cuts (along K) change the rounding.
+class SingleThreadedBlas {
+ public:
+  SingleThreadedBlas() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  ~SingleThreadedBlas() {
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
+  }
+  SingleThreadedBlas(const SingleThreadedBlas&) = delete;
+  SingleThreadedBlas& operator=(const SingleThreadedBlas&) = delete;
+
+ private:
+  const int before_;
+};
 
 // Hands out 0, 1, ..., count - 1, each once, to whichever worker asks first.
 class TaskQueue {
@@ -33,6 +51,7 @@ void run_tasks(int64_t count, const Worker& worker) {
   TaskQueue queue(count);
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    const SingleThreadedBlas guard;
     for (int64_t thread = first; thread < last; ++thread) worker(queue);
   });
 }

@@ -60,7 +60,7 @@ DANET_SIMD void online_softmax_pairs(const float* DANET_RESTRICT scores, int64_t
 }  // namespace
 
 void position_attention_forward_bf16(const PositionForward& p) {
-  const PositionForwardPlan plan = plan_position_forward(p.B, p.M, p.N);
+  const PositionForwardPlan plan = plan_position_forward(p.B, p.C, p.M, p.N);
   const int64_t BN = plan.block_n, panels_per_task = ceil_div(plan.block_m, kLanes);
   const int64_t blocks = ceil_div(p.M, panels_per_task * kLanes);
   // Rows of V are pairs of keys already, unless N is odd or V is channels_last.
@@ -107,10 +107,7 @@ void position_attention_forward_bf16(const PositionForward& p) {
           const int64_t i0 = (first_panel + panel) * kLanes, bm = std::min(kLanes, p.M - i0);
           float *m = maxima + panel * kLanes, *l = sums + panel * kLanes;
           float* lse = static_cast<float*>(p.lse) + (b0 + b) * p.M + i0;
-          for (int64_t i = 0; i < bm; ++i) {
-            lse[i] = m[i] + std::log(l[i]);
-            l[i] = 1.0f / l[i];
-          }
+          for (int64_t i = 0; i < bm; ++i) lse[i] = m[i] + std::log(l[i]);
           const View<const float> block{acc.data() + panel * p.C * kLanes, p.C, bm, kLanes, 1};
           const View<const BFloat16> residual =
               p.residual.data ? matrix<BFloat16>(p.residual, b0 + b, p.C, p.M).block(0, i0, p.C, bm) : View<const BFloat16>{};

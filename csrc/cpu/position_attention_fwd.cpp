@@ -27,7 +27,7 @@ DANET_SIMD void rescale_add(T* DANET_RESTRICT acc, const T* DANET_RESTRICT tile,
 
 template <class T>
 void forward(const PositionForward& p) {
-  const PositionForwardPlan plan = plan_position_forward(p.B, p.M, p.N);
+  const PositionForwardPlan plan = plan_position_forward(p.B, p.C, p.M, p.N);
   const int64_t BM = plan.block_m, BN = plan.block_n, blocks = ceil_div(p.M, BM);
   Operand<T> query(p.query, p.dtype, p.D, p.M, plan.batch);
   Operand<T> key(p.key, p.dtype, p.D, p.N, plan.batch);
@@ -70,10 +70,7 @@ void forward(const PositionForward& p) {
 
         // 4. lse = m + log l; out and attn in their layouts
         T* lse = static_cast<T*>(p.lse) + b * p.M + i0;
-        for (int64_t i = 0; i < bm; ++i) {
-          lse[i] = m[i] + std::log(l[i]);
-          l[i] = T(1) / l[i];
-        }
+        for (int64_t i = 0; i < bm; ++i) lse[i] = m[i] + std::log(l[i]);
         const View<T> attn = p.attn.data ? matrix<T>(p.attn, b, p.C, p.M).block(0, i0, p.C, bm) : View<T>{};
         with_element<T>(p.dtype, [&](auto element) {
           using E = decltype(element);

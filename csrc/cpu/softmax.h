@@ -33,14 +33,21 @@ DANET_INLINE void online_softmax_columns(T* DANET_RESTRICT scores, int64_t bn, i
     m[i] = new_max[i];
     new_max[i] = nothing ? T(0) : new_max[i];
   }
-  for (int64_t j = 0; j < bn; ++j) {
-    T* DANET_RESTRICT row = scores + j * stride;
+  // Summed in runs, then the runs: one long chain of additions would lose a digit.
+  constexpr int64_t kRun = 16;
+  for (int64_t j0 = 0; j0 < bn; j0 += kRun) {
+    T run[kLanes];
+    for (int64_t i = 0; i < count; ++i) run[i] = 0;
+    for (int64_t j = j0; j < std::min(j0 + kRun, bn); ++j) {
+      T* DANET_RESTRICT row = scores + j * stride;
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const T p = fast_exp(row[i] * scale - new_max[i]);
-      row[i] = p;
-      sum[i] += p;
+      for (int64_t i = 0; i < count; ++i) {
+        const T p = fast_exp(row[i] * scale - new_max[i]);
+        row[i] = p;
+        run[i] += p;
+      }
     }
+    for (int64_t i = 0; i < count; ++i) sum[i] += run[i];
   }
   for (int64_t i = 0; i < count; ++i) l[i] = l[i] * correction[i] + sum[i];
 }

@@ -32,7 +32,9 @@ def position_attention_forward(
     attn = v @ torch.softmax(logits, dim=-1).transpose(1, 2)  # [B, C, M]
     out = reference._blend(attn, _upcast_optional(residual), _upcast_optional(gamma))
     saved = to_layout(attn, value, attn.dtype) if needs_attn else attn.new_empty(0)
-    return to_layout(out, value, value.dtype), saved, torch.logsumexp(logits, dim=-1)
+    lse = torch.logsumexp(logits, dim=-1)
+    # A row with a logit of +inf is NaN throughout, as its softmax is; from lse = +inf the backward would make zeros of it.
+    return to_layout(out, value, value.dtype), saved, torch.where(lse == torch.inf, torch.nan, lse)
 
 
 def position_attention_backward(
