@@ -7,6 +7,7 @@ thing that is wrong is named, in the order type, rank, dtype, device, shape.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 VARIANTS = ("official", "paper")
 
 
@@ -24,14 +26,18 @@ def check_position_attention(
     residual: Tensor | None,  # [B, C, *S]
     gamma: Tensor | None,  # one element
     *,
+    flattened: bool = False,
     autocast: bool = False,
 ) -> None:
-    """Raise TypeError or ValueError unless the arguments fit together. autocast: dtypes may differ."""
+    """Raise TypeError or ValueError unless the arguments fit together.
+
+    flattened: positions must be one dimension, as the operators take them. autocast: dtypes may differ.
+    """
     op = "position_attention"
     tensors = {"query": query, "key": key, "value": value}
     if residual is not None:
         tensors["residual"] = residual
-    _check_tensors(op, tensors, gamma, same_dtype=not autocast)
+    _check_tensors(op, tensors, gamma, flattened=flattened, same_dtype=not autocast)
     if not (query.shape[0] == key.shape[0] == value.shape[0]):
         _mismatch(op, "the batch size B", tensors, 0)
     if query.shape[1] != key.shape[1]:
@@ -54,10 +60,10 @@ def check_position_attention(
         )
 
 
-def check_channel_attention(x: Tensor, gamma: Tensor | None, variant: str) -> None:
+def check_channel_attention(x: Tensor, gamma: Tensor | None, variant: str, *, flattened: bool = False) -> None:
     """Raise TypeError or ValueError unless x [B, C, *S], gamma (one element) and the variant's name are right."""
     op = "channel_attention"
-    _check_tensors(op, {"x": x}, gamma, same_dtype=True)
+    _check_tensors(op, {"x": x}, gamma, flattened=flattened, same_dtype=True)
     check_variant(variant)
 
 
@@ -69,11 +75,23 @@ def check_variant(variant: str) -> None:
         )
 
 
-def check_saved(op: str, names: Sequence[str], tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> None:
-    """Raise ValueError unless each named tensor handed to a backward operator has the shape the forward gave it."""
-    for name, tensor, shape in zip(names, tensors, shapes, strict=True):
-        if list(tensor.shape) != list(shape):
+def check_saved(
+    op: str, model: Tensor, tensors: dict[str, Tensor], shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]
+) -> None:
+    """Raise unless the tensors handed to a backward operator are as its forward made them, on the device of `model`."""
+    for (name, tensor), shape, dtype in zip(tensors.items(), shapes, dtypes, strict=True):
+        if tensor.dtype != dtype:
+            raise TypeError(f"{op}_backward: {name} must be {_name(dtype)}, got {_name(tensor.dtype)}")
+        if tensor.device != model.device:
+            raise ValueError(f"{op}_backward: {name} must be on {model.device}, got {tensor.device}")
+        if tensor.shape != tuple(shape):
             raise ValueError(f"{op}_backward: {name} must have shape {list(shape)}, got {_shape(tensor)}")
+
+
+def check_flag(op: str, name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {_kind(value)}")
 
 
 def check_number(op: str, name: str, value: object) -> None:
@@ -82,7 +100,9 @@ def check_number(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be a real number, got {_kind(value)}")
 
 
-def _check_tensors(op: str, tensors: dict[str, Tensor], gamma: Tensor | None, *, same_dtype: bool) -> None:
+def _check_tensors(
+    op: str, tensors: dict[str, Tensor], gamma: Tensor | None, *, flattened: bool, same_dtype: bool
+) -> None:
     first = next(iter(tensors.values()))
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -91,10 +111,12 @@ def _check_tensors(op: str, tensors: dict[str, Tensor], gamma: Tensor | None, *,
             raise ValueError(
                 f"{op}: {name} must have at least 3 dimensions [B, channels, *positions], got {_shape(tensor)}"
             )
+        if flattened and tensor.dim() != 3:
+            raise ValueError(f"{op}: {name} must have 3 dimensions [B, channels, positions], got {_shape(tensor)}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{op}: {name} must be a strided tensor, got layout {tensor.layout}")
         if tensor.dtype not in DTYPES:
-            raise TypeError(f"{op}: {name} must be one of {_names(DTYPES)}, got {_name(tensor.dtype)}")
+            raise TypeError(f"{op}: {name} must be one of {DTYPE_NAMES}, got {_name(tensor.dtype)}")
     for tensor in tensors.values():
         if same_dtype and tensor.dtype != first.dtype:
             got = ", ".join(f"{n} {_name(t.dtype)}" for n, t in tensors.items())
@@ -110,7 +132,7 @@ def _check_gamma(op: str, gamma: Tensor, device: torch.device) -> None:
     if not isinstance(gamma, Tensor):
         raise TypeError(f"{op}: gamma must be a one-element tensor, a real number or None, got {_kind(gamma)}")
     if gamma.dtype not in DTYPES:
-        raise TypeError(f"{op}: gamma must be one of {_names(DTYPES)}, got {_name(gamma.dtype)}")
+        raise TypeError(f"{op}: gamma must be one of {DTYPE_NAMES}, got {_name(gamma.dtype)}")
     if gamma.device != device:
         raise ValueError(f"{op}: gamma must be on the device of the other tensors, {device}, got {gamma.device}")
     if gamma.numel() != 1:
@@ -127,12 +149,8 @@ def _shape(tensor: Tensor) -> list[int]:
 
 
 def _kind(value: object) -> str:
-    return f"{type(value).__name__} {value!r}"
+    return f"{type(value).__name__} {reprlib.repr(value)}"
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return ", ".join(map(_name, dtypes))

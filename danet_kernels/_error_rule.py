@@ -169,11 +169,12 @@ def judge(got: Tensor, yardstick: Yardstick) -> Verdict:
 
 
 def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance between neighbouring numbers of `dtype` at each element of `value`, in fp64."""
+    """The distance from each element of `value` to the next larger magnitude in `dtype`, in fp64."""
     info = torch.finfo(dtype)
-    _, exponent = torch.frexp(value.double())  # |value| = mantissa * 2^exponent, 0.5 <= mantissa < 1
-    spacing = torch.ldexp(torch.full_like(value, info.eps, dtype=torch.float64), exponent - 1)
-    return spacing.clamp(min=info.smallest_normal * info.eps)  # constant below the normal numbers
+    # Below the smallest normal number the spacing is constant; frexp would call zero as large as 0.5.
+    magnitude = value.double().abs().clamp(min=info.smallest_normal)
+    _, exponent = torch.frexp(magnitude)  # magnitude = mantissa * 2^exponent, 0.5 <= mantissa < 1
+    return torch.ldexp(torch.full_like(magnitude, info.eps), exponent - 1)
 
 
 def _epsilon(dtype: torch.dtype) -> float:

@@ -14,9 +14,12 @@ from torch import Tensor
 from .ops import LIBRARY, OPS
 
 
-def _register(name: str, gamma_index: int, batched_results: int, gamma_gradient: bool = False) -> None:
+def _register(
+    name: str, gamma_index: int, batched_results: int, *, save_index: int | None = None, gamma_gradient: bool = False
+) -> None:
     """Register the rule of operator `name`: argument `gamma_index` is gamma, the first `batched_results` results carry
-    the batch dimension. `gamma_gradient`: the last result sums over the batch, so it cannot be folded either."""
+    the batch dimension. `save_index`: argument save_for_backward, which the caller could not know, as wrapped tensors
+    do not show requires_grad. `gamma_gradient`: the last result sums over the batch, so it cannot be folded either."""
     op = getattr(OPS, name)
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
@@ -26,6 +29,9 @@ def _register(name: str, gamma_index: int, batched_results: int, gamma_gradient:
             for argument, dim in zip(args, in_dims, strict=True)
         ]
         mapped = [dim is not None for dim in in_dims]
+        if save_index is not None:
+            tensors = [argument for argument in moved if isinstance(argument, Tensor)]
+            moved[save_index] = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         if mapped[gamma_index] or (gamma_gradient and args[-2]):  # args[-2] of the backward operators: needs_gamma
             return _loop(op, size, moved, mapped), (0,) * len(op.default._schema.returns)
         folded = [
@@ -57,7 +63,7 @@ def _loop(op: Callable[..., Any], size: int, moved: list[Any], mapped: list[bool
     return tuple(torch.stack(results) for results in zip(*calls, strict=True))
 
 
-_register("position_attention_forward", gamma_index=4, batched_results=3)
+_register("position_attention_forward", gamma_index=4, batched_results=3, save_index=6)
 _register("position_attention_backward", gamma_index=6, batched_results=3, gamma_gradient=True)
 _register("channel_attention_forward", gamma_index=1, batched_results=3)
 _register("channel_attention_backward", gamma_index=2, batched_results=1, gamma_gradient=True)

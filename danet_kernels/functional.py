@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, reference
-from ._checks import check_channel_attention, check_number, check_position_attention
+from ._checks import check_channel_attention, check_flag, check_number, check_position_attention
 from ._layout import accumulator_dtype
 from .ops import OPS
 
@@ -51,8 +51,7 @@ def position_attention(
     op = "position_attention"
     check_number(op, "scale", scale)
     gamma = _gamma_tensor(op, gamma, query)
-    autocast = isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type)
-    check_position_attention(query, key, value, residual, gamma, autocast=autocast)
+    check_position_attention(query, key, value, residual, gamma, autocast=_autocasts(query))
     tensors = (query, key, value, residual, gamma)
     _refuse_forward_mode(op, tensors)
     needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -104,6 +103,7 @@ def channel_attention(
     op = "channel_attention"
     gamma = _gamma_tensor(op, gamma, x)
     check_channel_attention(x, gamma, variant)
+    check_flag(op, "residual", residual)
     _refuse_forward_mode(op, (x, gamma))
     out, _, _ = OPS.channel_attention_forward(x.flatten(2), gamma, variant, residual, backends.requested(backend))
     return out.view(x.shape)
@@ -161,6 +161,13 @@ def _gamma_tensor(op: str, gamma: Tensor | float | None, model: Tensor) -> Tenso
         return gamma
     check_number(op, "gamma", gamma)
     return torch.full((1,), gamma, dtype=accumulator_dtype(model.dtype), device=model.device)
+
+
+def _autocasts(tensor: object) -> bool:
+    """Whether autocast will cast tensors on this one's device (torch raises when asked about some devices, as meta)."""
+    if not isinstance(tensor, Tensor) or tensor.device.type not in ("cpu", "cuda"):
+        return False
+    return torch.is_autocast_enabled(tensor.device.type)
 
 
 def _refuse_forward_mode(op: str, tensors: tuple[Tensor | None, ...]) -> None:

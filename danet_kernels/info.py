@@ -1,7 +1,7 @@
 """What is installed and what it can do here: `python -m danet_kernels.info [--json]`.
 
-For whoever wonders why a backend does not run, and for reports of errors. A fact that cannot be found out does not end the
-program: what went wrong stands in its place, and the exit status is 0.
+For whoever wonders why a backend does not run, and for reports of errors. A fact that cannot be found out does not end
+the program: what went wrong stands in its place, and the exit status is 0.
 """
 
 from __future__ import annotations
@@ -95,11 +95,11 @@ def as_text(facts: dict[str, Any]) -> str:
     """The facts as aligned lines. Environment variables that are not set are left out."""
     environment = {name: value for name, value in facts["environment"].items() if value is not None}
     facts = facts | {"backends": _with_verdicts(facts["backends"]), "environment": environment}
-    rows = [(section, list(_rows(content))) for section, content in facts.items()]
-    width = max(len(name) for _, lines in rows for name, _ in lines)
+    rows = {section: list(_rows(content)) or [("none", "")] for section, content in facts.items()}
+    width = max(len(name) for lines in rows.values() for name, _ in lines)
     blocks = []
-    for section, lines in rows:
-        blocks.append("\n".join([section, *(f"  {name:<{width}}  {value}" for name, value in lines or [("none", "")])]))
+    for section, lines in rows.items():
+        blocks.append("\n".join([section, *(f"  {name:<{width}}  {value}".rstrip() for name, value in lines)]))
     return "\n\n".join(blocks)
 
 
@@ -121,7 +121,7 @@ def _versions() -> dict[str, Any]:
     libc, libc_version = platform.libc_ver()
     return {
         "danet_kernels": danet_kernels.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
         "triton": _installed("triton"),
         "numpy": _installed("numpy"),

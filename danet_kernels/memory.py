@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 
 from . import backends
-from ._checks import DTYPES
+from ._checks import DTYPE_NAMES, DTYPES
 from ._layout import accumulator_dtype
 from .backends import native
 
@@ -69,7 +69,7 @@ def memory_estimate(
     if op not in backends.OPS:
         raise ValueError(f"unknown op {op!r}, expected one of {', '.join(map(repr, backends.OPS))}")
     if dtype not in DTYPES:
-        raise TypeError(f"{op}: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        raise TypeError(f"{op}: dtype must be one of {DTYPE_NAMES}, got {str(dtype).removeprefix('torch.')}")
     if len(shape) < 3 or any(size < 0 for size in shape):
         raise ValueError(f"{op}: shape must be (B, C, *S) with at least 3 sizes >= 0, got {tuple(shape)}")
     name = backends.requested(backend)

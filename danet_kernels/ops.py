@@ -83,7 +83,7 @@ def _position_attention_forward(
     save_for_backward: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_position_attention(query, key, value, residual, gamma)
+    check_position_attention(query, key, value, residual, gamma, flattened=True)
     chosen = backends.choose(backend, "position_attention", query, key, value)
     needs_attn = _needs_attn(value, residual, gamma, save_for_backward)
     return chosen.position_attention_forward(query, key, value, residual, gamma, scale, needs_attn)
@@ -100,7 +100,7 @@ def _position_attention_forward_fake(
     save_for_backward: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_position_attention(query, key, value, residual, gamma)
+    check_position_attention(query, key, value, residual, gamma, flattened=True)
     backends.check_name(backend)
     channels, queries, dtype = value.shape[1], query.shape[2], accumulator_dtype(value.dtype)
     needs_attn = _needs_attn(value, residual, gamma, save_for_backward)
@@ -163,9 +163,11 @@ def _position_attention_backward_fake(
 def _check_position_backward(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, attn: Tensor, lse: Tensor, gamma: Tensor | None
 ) -> None:
-    check_position_attention(query, key, value, None, gamma)
+    check_position_attention(query, key, value, None, gamma, flattened=True)
+    wide = accumulator_dtype(value.dtype)
     result = (query.shape[0], value.shape[1], query.shape[2])
-    check_saved("position_attention", ("dout", "attn", "lse"), (dout, attn, lse), (result, result, result[::2]))
+    saved = {"dout": dout, "attn": attn, "lse": lse}
+    check_saved("position_attention", value, saved, (result, result, result[::2]), (value.dtype, wide, wide))
 
 
 def _position_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -223,7 +225,7 @@ def _channel_attention_forward(
     residual: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_channel_attention(x, gamma, variant)
+    check_channel_attention(x, gamma, variant, flattened=True)
     return backends.choose(backend, "channel_attention", x).channel_attention_forward(x, gamma, variant, residual)
 
 
@@ -231,7 +233,7 @@ def _channel_attention_forward(
 def _channel_attention_forward_fake(
     x: Tensor, gamma: Tensor | None, variant: str, residual: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_channel_attention(x, gamma, variant)
+    check_channel_attention(x, gamma, variant, flattened=True)
     backends.check_name(backend)
     statistics = (x.shape[0], x.shape[1])
     dtype = accumulator_dtype(x.dtype)
@@ -281,9 +283,10 @@ def _channel_attention_backward_fake(
 def _check_channel_backward(
     dout: Tensor, x: Tensor, gamma: Tensor | None, row_max: Tensor, row_sum: Tensor, variant: str
 ) -> None:
-    check_channel_attention(x, gamma, variant)
-    names, rows = ("dout", "row_max", "row_sum"), tuple(x.shape[:2])
-    check_saved("channel_attention", names, (dout, row_max, row_sum), (tuple(x.shape), rows, rows))
+    check_channel_attention(x, gamma, variant, flattened=True)
+    wide, rows = accumulator_dtype(x.dtype), x.shape[:2]
+    saved = {"dout": dout, "row_max": row_max, "row_sum": row_sum}
+    check_saved("channel_attention", x, saved, (x.shape, rows, rows), (x.dtype, wide, wide))
 
 
 def _channel_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -330,22 +333,29 @@ def _register_autograd(name: str, backward: Callable[..., Any], setup_context: C
     torch.library.register_autograd(f"danet_kernels::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
-def _no_double_backward(name: str) -> Callable[..., Any]:
+def _not_differentiable(message: str) -> Callable[..., Any]:
     def raises(ctx: Any, *gradients: Tensor | None) -> Any:
-        raise NotImplementedError(f"{name} has no second derivative: double backward is not implemented")
+        raise NotImplementedError(message)
 
     return raises
 
 
 _register_autograd("position_attention_forward", _position_autograd, _position_setup_context)
 _register_autograd("channel_attention_forward", _channel_autograd, _channel_setup_context)
+# Without a formula torch would differentiate the rest with a mere warning and leave their gradients out.
 for _op in backends.OPS:
-    # Without a formula torch would run a second derivative with a mere warning and leave the gradient out.
-    _register_autograd(f"{_op}_backward", _no_double_backward(_op), None)
+    _message = f"{_op} has no second derivative: double backward is not implemented"
+    _register_autograd(f"{_op}_backward", _not_differentiable(_message), None)
+    for _native in (f"{_op}_forward_native", f"{_op}_backward_native"):
+        _message = f"{_native} is not implemented for autograd: call danet_kernels.{_op}"
+        _register_autograd(_native, _not_differentiable(_message), None)
 
 
 def _register_autocast(name: str, device: str, tensors: int) -> None:
-    """Under autocast cast the first `tensors` arguments. torch.library.register_autocast would cast gamma too."""
+    """Under autocast cast the first `tensors` arguments, and nothing inside the operator.
+
+    torch.library.register_autocast would cast gamma too.
+    """
     op = getattr(OPS, name).default
     key = f"Autocast{device.upper()}"
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
@@ -365,3 +375,5 @@ def _register_autocast(name: str, device: str, tensors: int) -> None:
 for _device in ("cpu", "cuda"):
     _register_autocast("position_attention_forward", _device, tensors=4)
     _register_autocast("channel_attention_forward", _device, tensors=1)
+    for _op in backends.OPS:
+        _register_autocast(f"{_op}_backward", _device, tensors=0)

@@ -64,11 +64,11 @@ def available_backends(op: str, *inputs: Tensor | None) -> dict[str, list[str]]:
     return {name: backend.why_not(op, *tensors) for name, backend in BACKENDS.items()}
 
 
-def check_name(name: str) -> str:
-    """`name` if it is "auto" or a backend; else ValueError."""
-    if name != "auto" and name not in BACKENDS:
+def check_name(name: str, origin: str = "") -> str:
+    """`name` if it is "auto" or a backend; else ValueError, which also says where the name came from."""
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
         known = ", ".join(map(repr, ("auto", *BACKENDS)))
-        raise ValueError(f"unknown backend {name!r}, expected one of {known}")
+        raise ValueError(f"unknown backend {name!r}{origin}, expected one of {known}")
     return name
 
 
@@ -82,7 +82,8 @@ def requested(name: str) -> str:
     from_context = _context.get()
     if from_context is not None:
         return from_context
-    return check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
+    from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
+    return check_name(from_environment, f" in {ENVIRONMENT_VARIABLE}") if from_environment else "auto"
 
 
 def choose(name: str, op: str, *inputs: Tensor) -> ModuleType:

@@ -33,7 +33,7 @@ def position_attention_forward(
     out = reference._blend(attn, _upcast_optional(residual), _upcast_optional(gamma))
     saved = to_layout(attn, value, attn.dtype) if needs_attn else attn.new_empty(0)
     lse = torch.logsumexp(logits, dim=-1)
-    # A row with a logit of +inf is NaN throughout, as its softmax is; from lse = +inf the backward would make zeros of it.
+    # A row with a logit of +inf is NaN throughout, as its softmax is; lse = +inf would make zeros of it.
     return to_layout(out, value, value.dtype), saved, torch.where(lse == torch.inf, torch.nan, lse)
 
 

@@ -1,0 +1,94 @@
+"""Autocast: what it casts, what it leaves alone, and that nothing inside an operator is cast again."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from danet_kernels import available_backends, channel_attention, position_attention
+
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(bool(reasons), reason="; ".join(reasons)))
+    for name, reasons in available_backends("position_attention", torch.empty(1)).items()
+]
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def inputs(
+    gradients: str = "qkvrg", dtype: torch.dtype = torch.float64, size: tuple[int, int] = (3, 4)
+) -> list[Tensor]:
+    """query, key [2, 3, *size], value, residual [2, 5, *size], gamma [1]; `gradients`: which of them require one."""
+    tensors = [randn(2, channels, *size, seed=seed, dtype=dtype) for seed, channels in enumerate((3, 3, 5, 5))]
+    tensors.append(randn(1, seed=4, dtype=dtype))
+    return [tensor.requires_grad_(name in gradients) for tensor, name in zip(tensors, "qkvrg", strict=True)]
+
+
+def both(backend: str):
+    """Functions of the five inputs, one per operator, and of which inputs."""
+    return (
+        (lambda *given: position_attention(*given, scale=0.7, backend=backend), range(5)),
+        (lambda *given: channel_attention(given[3], given[4], backend=backend), (3, 4)),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_the_tensors_but_not_gamma(dtype, backend):
+    given = inputs(dtype=torch.float32)
+    with torch.no_grad():
+        given[4].fill_(1.0009765625)  # fp32 tells it from 1, bf16 does not
+    cast = [tensor.detach().to(dtype).requires_grad_() for tensor in given[:4]] + [given[4].detach().requires_grad_()]
+    for function, used in both(backend):
+        with torch.autocast("cpu", dtype):
+            out = function(*given)
+        expected = function(*cast)
+        assert out.dtype == dtype
+        assert torch.equal(out, expected)
+        dout = randn(*out.shape, seed=15, dtype=dtype)
+        got = torch.autograd.grad(out, [given[i] for i in used], dout)
+        wanted = torch.autograd.grad(expected, [cast[i] for i in used], dout)
+        assert all(gradient.dtype == torch.float32 for gradient in got)
+        assert all(torch.equal(a, b.float()) for a, b in zip(got, wanted, strict=True))
+
+
+def test_autocast_unites_mixed_dtypes(backend):
+    query, key, value, residual, gamma = (tensor.detach() for tensor in inputs(dtype=torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = position_attention(query.bfloat16(), key, value.half(), residual, gamma, backend=backend)
+    low = [tensor.bfloat16() for tensor in (query, key, value.half(), residual)]
+    assert torch.equal(out, position_attention(*low, gamma, backend=backend))
+
+
+def test_autocast_leaves_fp64_alone(backend):
+    given = inputs()
+    for function, used in both(backend):
+        leaves = [given[i] for i in used]
+        expected = function(*given)
+        wanted = torch.autograd.grad(expected.square().sum(), leaves)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = function(*given)
+            got = torch.autograd.grad(out.square().sum(), leaves)
+        assert out.dtype == torch.float64
+        assert torch.equal(out, expected)
+        assert all(map(torch.equal, got, wanted))
+
+
+def test_a_backward_inside_autocast_is_the_backward_outside(backend):
+    """It runs below autocast either way: sums stay in fp32."""
+    for function, used in both(backend):
+        given = inputs(dtype=torch.float32, size=(6, 5))
+        leaves = [given[i] for i in used]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = function(*given)
+            dout = torch.ones_like(out)
+            inside = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        outside = torch.autograd.grad(out, leaves, dout)
+        assert all(map(torch.equal, inside, outside))
+
+
+def test_autocast_that_is_switched_off_casts_nothing(backend):
+    given = inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        assert position_attention(*given, backend=backend).dtype == torch.float32

@@ -1,0 +1,115 @@
+"""The shape of the package: who imports whom, what an import costs and says, how long a file may be."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import danet_kernels
+
+PACKAGE = Path(danet_kernels.__file__).resolve().parent
+ROOT = PACKAGE.parent
+
+# A module imports from the layers above its own; the modules of `backends` may import each other too.
+LAYERS = (
+    ("reference", "_version", "_C"),
+    ("_checks", "_layout"),
+    ("_error_rule", "backends"),
+    ("ops",),
+    ("_vmap", "functional", "memory"),
+    ("__init__",),
+    ("info", "selftest"),
+)
+LAYER = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def imported(module: str) -> Iterator[str]:
+    """Dotted names of all that a module imports, also inside functions and for type checking."""
+    package = ("danet_kernels", *module.split("/")[:-1])
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            origin = (*base, node.module) if node.module else base
+            yield from (".".join((*origin, alias.name)) for alias in node.names)
+
+
+def layers_imported(module: str) -> set[str]:
+    """Entries of LAYERS; what is none of them comes out of the package itself."""
+    own = (name.split(".") for name in imported(module))
+    return {name[1] if name[1] in LAYER else "__init__" for name in own if name[0] == "danet_kernels" and len(name) > 1}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_point_one_way(module):
+    own = module.split("/")[0].removesuffix(".py")
+    assert own in LAYER, f"{module} has no layer: give it one in {Path(__file__).name}"
+    for target in layers_imported(module):
+        assert LAYER[target] < LAYER[own] or own == target == "backends", f"{module} imports {target}"
+
+
+def test_the_parser_of_imports_sees_them():
+    """Else the arrows would be enforced on nothing."""
+    assert layers_imported("reference.py") == set()
+    assert {"ops", "backends", "_checks"} <= layers_imported("functional.py")
+    assert {"backends", "_checks", "_layout"} <= layers_imported("ops.py")
+    assert {"reference", "_layout"} <= layers_imported("backends/eager.py")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_optional_packages_are_imported_nowhere(module):
+    """Their wheels break on a CPU-only torch."""
+    packages = {name.split(".")[0] for name in imported(module)}
+    assert not packages & {"torchvision", "timm", "torchmetrics", "torchaudio", "matplotlib", "pytest"}
+
+
+SCRIPT = """
+import sys, time
+import torch
+start = time.perf_counter()
+import danet_kernels
+seconds = time.perf_counter() - start
+unwanted = {"torchvision", "timm", "torchmetrics", "triton", "matplotlib"} & set(sys.modules)
+assert not unwanted, unwanted
+assert "torch._dynamo" not in sys.modules, "importing the package imports the compiler"
+sys.stderr.write(str(seconds))
+"""
+
+
+def test_the_import_is_quick_and_silent():
+    """Best of three: what another process does to the machine is not the import's."""
+    seconds = []
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-W", "error::UserWarning:danet_kernels", "-c", SCRIPT],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == ""
+        seconds.append(float(done.stderr))  # and nothing else
+        if seconds[-1] < 0.3:
+            break
+    assert min(seconds) < 0.3
+
+
+SOURCES = [
+    path.relative_to(ROOT).as_posix()
+    for directory in ("danet_kernels", "csrc", "tests", "benchmarks", "build_backend")
+    for path in sorted((ROOT / directory).rglob("*"))
+    if path.suffix in {".py", ".h", ".cpp", ".cuh", ".cu"}
+]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_file_is_too_long(source):
+    lines = (ROOT / source).read_text(encoding="utf-8").count("\n")
+    assert lines <= 500
