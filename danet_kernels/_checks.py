@@ -38,23 +38,20 @@ def check_position_attention(
     if residual is not None:
         tensors["residual"] = residual
     _check_tensors(op, tensors, gamma, flattened=flattened, same_dtype=not autocast)
-    if not (query.shape[0] == key.shape[0] == value.shape[0]):
+    query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    if not (query_shape[0] == key_shape[0] == value_shape[0]):
         _mismatch(op, "the batch size B", tensors, 0)
-    if query.shape[1] != key.shape[1]:
+    if query_shape[1] != key_shape[1]:
         raise ValueError(
             f"{op}: query and key must have the same number of channels D, "
             f"got query {_shape(query)} and key {_shape(key)}"
         )
-    if key.shape[2:] != value.shape[2:]:
+    if key_shape[2:] != value_shape[2:]:
         raise ValueError(
             f"{op}: key and value must have the same positions *T, got key {_shape(key)} and value {_shape(value)}"
         )
-    if residual is not None and not (
-        residual.shape[0] == query.shape[0]
-        and residual.shape[1] == value.shape[1]
-        and residual.shape[2:] == query.shape[2:]
-    ):
-        expected = [query.shape[0], value.shape[1], *query.shape[2:]]
+    if residual is not None and residual.shape != value_shape[:2] + query_shape[2:]:
+        expected = list(value_shape[:2] + query_shape[2:])
         raise ValueError(
             f"{op}: residual must have the shape of the result, expected {expected}, got {_shape(residual)}"
         )
@@ -107,21 +104,23 @@ def _check_tensors(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {_kind(tensor)}")
-        if tensor.dim() < 3:
+        rank = tensor.dim()
+        if rank < 3:
             raise ValueError(
                 f"{op}: {name} must have at least 3 dimensions [B, channels, *positions], got {_shape(tensor)}"
             )
-        if flattened and tensor.dim() != 3:
+        if flattened and rank != 3:
             raise ValueError(f"{op}: {name} must have 3 dimensions [B, channels, positions], got {_shape(tensor)}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{op}: {name} must be a strided tensor, got layout {tensor.layout}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{op}: {name} must be one of {DTYPE_NAMES}, got {_name(tensor.dtype)}")
+    dtype, device = first.dtype, first.device
     for tensor in tensors.values():
-        if same_dtype and tensor.dtype != first.dtype:
+        if same_dtype and tensor.dtype != dtype:
             got = ", ".join(f"{n} {_name(t.dtype)}" for n, t in tensors.items())
             raise TypeError(f"{op}: all of {', '.join(tensors)} must have one dtype, got {got}")
-        if tensor.device != first.device:
+        if tensor.device != device:
             got = ", ".join(f"{n} on {t.device}" for n, t in tensors.items())
             raise ValueError(f"{op}: all of {', '.join(tensors)} must be on one device, got {got}")
     if gamma is not None:

@@ -72,7 +72,7 @@ class Case:
 CASES = {
     "position_attention": (
         Case(2, 65, (9, 15), (1, 1), 8),
-        Case(2, 33, (1, 7), (1, 7), 17),
+        Case(5, 33, (1, 7), (1, 7), 17),
         Case(1, 64, (5, 3), (9, 11), 8, gamma=None, residual=False),
         Case(1, 512, (9, 7), (9, 7), 64, spread=3.0),
         Case(1, 31, (127,), (129,), 40, gamma=-0.5),

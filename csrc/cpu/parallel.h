@@ -42,13 +42,18 @@ class TaskQueue {
   const int64_t count_;
 };
 
-// Runs worker(queue) on every thread; workers allocate their scratch after the first successful queue.next().
-// The region is opened over all threads even for one task: parallel_for would run a single range inline, where the GEMMs
-// inside would use the whole team and round differently. Each task must write memory of its own, in an order of its own.
+// Runs worker(queue) on every thread; workers allocate their scratch after the first successful queue.next(). Each task must
+// write memory of its own, in an order of its own. A single task runs here if BLAS can be told to use one thread; else the
+// region is opened over all threads even so, as GEMMs outside of it would use the whole team and round differently.
 template <class Worker>
 void run_tasks(int64_t count, const Worker& worker) {
   if (count == 0) return;
   TaskQueue queue(count);
+  if (count == 1 && MKL_Set_Num_Threads_Local) {
+    const SingleThreadedBlas guard;
+    worker(queue);
+    return;
+  }
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     const SingleThreadedBlas guard;

@@ -96,15 +96,19 @@ def choose(name: str, op: str, *inputs: Tensor) -> ModuleType:
         reasons = BACKENDS[name].why_not(op, *inputs)
         if reasons:
             raise NotImplementedError(f"{op}: backend {name!r} cannot run: {'; '.join(reasons)}")
-        # A map without entries has nothing to fuse, and the kernels need not know about it: the definition handles it.
-        return eager if any(tensor.numel() == 0 for tensor in inputs) else BACKENDS[name]
+        return eager if _empty(inputs) else BACKENDS[name]
     refused = {}
     for candidate, backend in BACKENDS.items():
         reasons = backend.why_not(op, *inputs)
         if not reasons:
-            return eager if any(tensor.numel() == 0 for tensor in inputs) else backend
+            return eager if _empty(inputs) else backend
         refused[candidate] = reasons
     raise NotImplementedError(
         f"{op}: no backend can run on these inputs: "
         + "; ".join(f"{candidate}: {', '.join(reasons)}" for candidate, reasons in refused.items())
     )
+
+
+def _empty(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether the map has no entries. Then there is nothing to fuse: the definition serves, kernels need not know."""
+    return any([tensor.numel() == 0 for tensor in inputs])  # noqa: C419  (half the time of a generator)
