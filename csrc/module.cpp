@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "channel_plan.h"
 #include "cpu/features.h"
 #include "plan.h"
 
@@ -52,15 +53,25 @@ int64_t position_backward_workspace(int64_t B, int64_t C, int64_t D, int64_t M, 
   return danet::position_backward_workspace(B, C, D, M, N, dtype_of(dtype), threads);
 }
 
+int64_t channel_forward_workspace(int64_t B, int64_t C, int64_t N, const std::string& dtype, int64_t threads) {
+  return danet::channel_forward_workspace(B, C, N, dtype_of(dtype), threads);
+}
+
+int64_t channel_backward_workspace(int64_t B, int64_t C, int64_t N, const std::string& dtype, int64_t threads) {
+  return danet::channel_backward_workspace(B, C, N, dtype_of(dtype), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Facts about the C++ build and the CPU, without torch.";
   module.def("cpu_features", &cpu_features, "The instruction sets that this CPU and operating system offer.");
-  module.def("position_forward_workspace", &position_forward_workspace, py::arg("B"), py::arg("C"), py::arg("D"), py::arg("M"),
-             py::arg("N"), py::arg("dtype"), py::arg("threads"), "Bytes that the CPU forward allocates beyond its results.");
-  module.def("position_backward_workspace", &position_backward_workspace, py::arg("B"), py::arg("C"), py::arg("D"),
-             py::arg("M"), py::arg("N"), py::arg("dtype"), py::arg("threads"),
-             "Bytes that the CPU backward allocates beyond its results.");
+  // Bytes that a kernel allocates beyond its results.
+  const auto B = py::arg("B"), C = py::arg("C"), D = py::arg("D"), M = py::arg("M"), N = py::arg("N");
+  const auto dtype = py::arg("dtype"), threads = py::arg("threads");
+  module.def("position_forward_workspace", &position_forward_workspace, B, C, D, M, N, dtype, threads);
+  module.def("position_backward_workspace", &position_backward_workspace, B, C, D, M, N, dtype, threads);
+  module.def("channel_forward_workspace", &channel_forward_workspace, B, C, N, dtype, threads);
+  module.def("channel_backward_workspace", &channel_backward_workspace, B, C, N, dtype, threads);
   module.def("compiled_with", &compiled_with, "The compiler, C++ standard and optimization of this module.");
 }

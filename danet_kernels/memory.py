@@ -75,6 +75,8 @@ def memory_estimate(
     name = backends.requested(backend)
     if name == "auto":
         name = next(name for name, module in backends.BACKENDS.items() if not module.why_not(op))
+    if 0 in shape:
+        name = "eager"  # which serves maps without entries
     batch, channels, positions = shape[0], shape[1], math.prod(shape[2:])
     sizes = dtype.itemsize, accumulator_dtype(dtype).itemsize
     if op == "position_attention":

@@ -77,7 +77,7 @@ CASES = {
         Case(1, 512, (9, 7), (9, 7), 64, spread=3.0),
         Case(1, 31, (127,), (129,), 40, gamma=-0.5),
         Case(1, 63, (8, 16), (16, 32), 16, arrange="channels_last"),
-        Case(2, 40, (13, 10), (27, 19), 5, residual=False, arrange="cropped"),
+        Case(2, 40, (13, 10), (27, 19), 7, residual=False, arrange="cropped"),
         Case(1, 65, (3, 43), (3, 171), 64, gamma=None, spread=8.0),
         Case(2, 96, (257,), (255,), 59, gamma=0.0, arrange="transposed"),
         Case(3, 16, (11, 3), (5, 5, 5), 111, spread=0.1),

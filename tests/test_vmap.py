@@ -109,7 +109,7 @@ def test_nested_vmap(backend):
     close(nested.flatten(0, 2), channel_attention(x.flatten(0, 2), backend=backend))
 
 
-@pytest.mark.parametrize("shape", [(3, 0, 4, 5), (3, 2, 4, 0), (3, 2, 0, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 0, 4, 5), (3, 2, 4, 0), (3, 2, 0, 5), (0, 2, 4, 5)], ids=str)
 def test_vmap_of_an_empty_map(shape, backend):
     x = randn(*shape)
     assert torch.vmap(lambda x: channel_attention(x, backend=backend))(x).shape == shape
