@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from danet_kernels import available_backends, channel_attention, position_attention
+from danet_kernels import (
+    available_backends,
+    channel_attention,
+    channel_attention_map,
+    position_attention,
+    position_attention_map,
+)
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(bool(reasons), reason="; ".join(reasons)))
@@ -92,3 +98,13 @@ def test_autocast_that_is_switched_off_casts_nothing(backend):
     given = inputs(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
         assert position_attention(*given, backend=backend).dtype == torch.float32
+
+
+def test_the_maps_stay_in_fp32(backend):
+    """Autocast alone would round their logits to bf16 and hand back maps in bf16. (They know no backends.)"""
+    query, key, value, *_ = (tensor.detach() for tensor in inputs(dtype=torch.float32))
+    points = torch.tensor([0, 7])
+    expected = position_attention_map(query, key, points), channel_attention_map(value)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = position_attention_map(query, key, points), channel_attention_map(value)
+    assert all(map(torch.equal, got, expected))

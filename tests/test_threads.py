@@ -106,7 +106,7 @@ def step():
 expected = step()  # opens a parallel region
 child = os.fork()
 if child == 0:
-    torch.set_num_threads(1)  # what DataLoader does for its workers
+    torch.set_num_threads(1)  # as DataLoader does in its workers: torch's threads do not survive a fork
     os._exit(0 if torch.allclose(step(), expected) else 1)
 print("equal" if os.waitpid(child, 0)[1] == 0 else "different")
 """

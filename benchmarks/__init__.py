@@ -1,0 +1,1 @@
+"""Benchmarks of danet_kernels: run the scripts of this folder, see docs/benchmarks.md."""
