@@ -6,6 +6,7 @@
 #include "../plan.h"
 #include "bf16.h"
 #include "epilogue.h"
+#include "softmax.h"
 
 namespace danet {
 
@@ -17,39 +18,22 @@ namespace {
 DANET_SIMD void online_softmax_pairs(const float* DANET_RESTRICT scores, int64_t bn, float scale, float* DANET_RESTRICT m,
                                      float* DANET_RESTRICT l, float* DANET_RESTRICT correction,
                                      uint32_t* DANET_RESTRICT pairs) {
-  float new_max[kLanes], sum[kLanes];
-  for (int i = 0; i < kLanes; ++i) {
-    new_max[i] = m[i];
-    sum[i] = 0;
-  }
-  for (int64_t j = 0; j < bn; ++j) {
-    const float* DANET_RESTRICT row = scores + j * kLanes;
-#pragma omp simd
-    for (int i = 0; i < kLanes; ++i) {
-      const float logit = row[i] * scale;
-      new_max[i] = logit > new_max[i] ? logit : new_max[i];
-    }
-  }
-  for (int i = 0; i < kLanes; ++i) {
-    const bool nothing = new_max[i] == -std::numeric_limits<float>::infinity();
-    correction[i] = m[i] == new_max[i] ? 1.0f : fast_exp(m[i] - new_max[i]);
-    m[i] = new_max[i];
-    new_max[i] = nothing ? 0.0f : new_max[i];
-  }
+  float shift[kLanes], sum[kLanes] = {};
+  running_maximum<float>(scores, bn, kLanes, kLanes, scale, m, correction, shift);
   int64_t j = 0;
   for (; j + 2 <= bn; j += 2) {
     const float* DANET_RESTRICT row = scores + j * kLanes;
     uint32_t* DANET_RESTRICT to = pairs + j / 2 * kLanes;
 #pragma omp simd
     for (int i = 0; i < kLanes; ++i) {
-      const float p0 = fast_exp(row[i] * scale - new_max[i]), p1 = fast_exp(row[kLanes + i] * scale - new_max[i]);
+      const float p0 = fast_exp(row[i] * scale - shift[i]), p1 = fast_exp(row[kLanes + i] * scale - shift[i]);
       sum[i] += p0 + p1;
       to[i] = bfloat16_bits(p0) | (bfloat16_bits(p1) << 16);
     }
   }
   if (j < bn) {
     for (int i = 0; i < kLanes; ++i) {
-      const float p = fast_exp(scores[j * kLanes + i] * scale - new_max[i]);
+      const float p = fast_exp(scores[j * kLanes + i] * scale - shift[i]);
       sum[i] += p;
       pairs[j / 2 * kLanes + i] = bfloat16_bits(p);
     }

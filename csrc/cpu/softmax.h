@@ -9,30 +9,35 @@
 namespace danet {
 namespace {
 
-// Columns i0 .. i0 + count of an online softmax step; see online_softmax. Count is a constant for whole chunks of lanes.
+// First half of an online softmax step over `count` columns: the running maximum m of scale * scores is brought up to date.
+// correction is what sums over earlier tiles must be multiplied with, shift what to subtract from the logits.
 template <class T>
-DANET_INLINE void online_softmax_columns(T* DANET_RESTRICT scores, int64_t bn, int64_t stride, int64_t count, T scale,
-                                         T* DANET_RESTRICT m, T* DANET_RESTRICT l, T* DANET_RESTRICT correction) {
-  T new_max[kLanes], sum[kLanes];
-  for (int64_t i = 0; i < count; ++i) {
-    new_max[i] = m[i];
-    sum[i] = 0;
-  }
+DANET_INLINE void running_maximum(const T* DANET_RESTRICT scores, int64_t bn, int64_t stride, int64_t count, T scale,
+                                  T* DANET_RESTRICT m, T* DANET_RESTRICT correction, T* DANET_RESTRICT shift) {
+  for (int64_t i = 0; i < count; ++i) shift[i] = m[i];
   for (int64_t j = 0; j < bn; ++j) {
     const T* DANET_RESTRICT row = scores + j * stride;
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       const T logit = row[i] * scale;
-      new_max[i] = logit > new_max[i] ? logit : new_max[i];
+      shift[i] = logit > shift[i] ? logit : shift[i];
     }
   }
   for (int64_t i = 0; i < count; ++i) {
+    correction[i] = m[i] == shift[i] ? T(1) : fast_exp(m[i] - shift[i]);
+    m[i] = shift[i];
     // Where nothing but -inf has been seen, subtracting the maximum would be (-inf) - (-inf).
-    const bool nothing = new_max[i] == -std::numeric_limits<T>::infinity();
-    correction[i] = m[i] == new_max[i] ? T(1) : fast_exp(m[i] - new_max[i]);
-    m[i] = new_max[i];
-    new_max[i] = nothing ? T(0) : new_max[i];
+    shift[i] = shift[i] == -std::numeric_limits<T>::infinity() ? T(0) : shift[i];
   }
+}
+
+// `count` columns of an online softmax step; see online_softmax. Count is a constant for whole chunks of lanes.
+template <class T>
+DANET_INLINE void online_softmax_columns(T* DANET_RESTRICT scores, int64_t bn, int64_t stride, int64_t count, T scale,
+                                         T* DANET_RESTRICT m, T* DANET_RESTRICT l, T* DANET_RESTRICT correction) {
+  T shift[kLanes], sum[kLanes];
+  running_maximum<T>(scores, bn, stride, count, scale, m, correction, shift);
+  for (int64_t i = 0; i < count; ++i) sum[i] = 0;
   // Summed in runs, then the runs: one long chain of additions would lose a digit.
   constexpr int64_t kRun = 16;
   for (int64_t j0 = 0; j0 < bn; j0 += kRun) {
@@ -42,7 +47,7 @@ DANET_INLINE void online_softmax_columns(T* DANET_RESTRICT scores, int64_t bn, i
       T* DANET_RESTRICT row = scores + j * stride;
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
-        const T p = fast_exp(row[i] * scale - new_max[i]);
+        const T p = fast_exp(row[i] * scale - shift[i]);
         row[i] = p;
         run[i] += p;
       }
