@@ -16,7 +16,7 @@ BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(bool(reasons), reason="; ".join(reasons)))
     for name, reasons in available_backends("position_attention", torch.empty(1)).items()
 ]
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -40,6 +40,7 @@ def both(backend: str):
     )
 
 
+@on_every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_casts_the_tensors_but_not_gamma(dtype, backend):
     given = inputs(dtype=torch.float32)
@@ -59,6 +60,7 @@ def test_autocast_casts_the_tensors_but_not_gamma(dtype, backend):
         assert all(torch.equal(a, b.float()) for a, b in zip(got, wanted, strict=True))
 
 
+@on_every_backend
 def test_autocast_unites_mixed_dtypes(backend):
     query, key, value, residual, gamma = (tensor.detach() for tensor in inputs(dtype=torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
@@ -67,6 +69,7 @@ def test_autocast_unites_mixed_dtypes(backend):
     assert torch.equal(out, position_attention(*low, gamma, backend=backend))
 
 
+@on_every_backend
 def test_autocast_leaves_fp64_alone(backend):
     given = inputs()
     for function, used in both(backend):
@@ -81,6 +84,7 @@ def test_autocast_leaves_fp64_alone(backend):
         assert all(map(torch.equal, got, wanted))
 
 
+@on_every_backend
 def test_a_backward_inside_autocast_is_the_backward_outside(backend):
     """It runs below autocast either way: sums stay in fp32."""
     for function, used in both(backend):
@@ -94,14 +98,15 @@ def test_a_backward_inside_autocast_is_the_backward_outside(backend):
         assert all(map(torch.equal, inside, outside))
 
 
+@on_every_backend
 def test_autocast_that_is_switched_off_casts_nothing(backend):
     given = inputs(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
         assert position_attention(*given, backend=backend).dtype == torch.float32
 
 
-def test_the_maps_stay_in_fp32(backend):
-    """Autocast alone would round their logits to bf16 and hand back maps in bf16. (They know no backends.)"""
+def test_the_maps_stay_in_fp32():
+    """Autocast alone would round their logits to bf16 and hand back maps in bf16."""
     query, key, value, *_ = (tensor.detach() for tensor in inputs(dtype=torch.float32))
     points = torch.tensor([0, 7])
     expected = position_attention_map(query, key, points), channel_attention_map(value)
