@@ -29,6 +29,7 @@ def _register(
             for argument, dim in zip(args, in_dims, strict=True)
         ]
         mapped = [dim is not None for dim in in_dims]
+        batch = moved[0].shape[1 if mapped[0] else 0]
         if save_index is not None:
             tensors = [argument for argument in moved if isinstance(argument, Tensor)]
             moved[save_index] = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -40,7 +41,7 @@ def _register(
         ]
         results = op(*folded)
         unfolded = tuple(
-            result.unflatten(0, (size, -1)) if result.dim() > 1 else result for result in results[:batched_results]
+            result.unflatten(0, (size, batch)) if result.dim() > 1 else result for result in results[:batched_results]
         )
         dims = tuple(0 if result.dim() > 1 else None for result in results[:batched_results])
         rest = results[batched_results:]

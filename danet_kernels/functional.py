@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from . import backends, reference
@@ -124,7 +127,8 @@ def position_attention_map(query: Tensor, key: Tensor, points: Tensor, *, scale:
         [B, P, *T] in fp32 (fp64 for fp64); every row sums to 1. Differentiable.
 
     Raises:
-        TypeError, ValueError: as `position_attention`; points of another dtype, rank, device or range.
+        TypeError, ValueError: as `position_attention`; points of another dtype, rank, device or range (the range is not
+            checked where values are not at hand: under torch.compile, vmap and on meta tensors).
     """
     op = "position_attention_map"
     check_number(op, "scale", scale)
@@ -136,12 +140,11 @@ def position_attention_map(query: Tensor, key: Tensor, points: Tensor, *, scale:
         raise ValueError(f"{op}: points must be on the device of query, {query.device}, got {points.device}")
     if points.dim() not in (1, 2) or (points.dim() == 2 and points.shape[0] != query.shape[0]):
         raise ValueError(f"{op}: points must have shape [P] or [{query.shape[0]}, P], got {list(points.shape)}")
-    queries = query.shape[2:].numel()
-    if points.numel() and (int(points.min()) < 0 or int(points.max()) >= queries):
-        got = f"{int(points.min())} to {int(points.max())}"
-        raise ValueError(f"{op}: points must lie between 0 and {queries - 1}, got {got}")
+    if not (torch.compiler.is_compiling() or points.is_meta or is_functorch_wrapped_tensor(points)):
+        _check_points(op, points, query.shape[2:].numel())
     wide = accumulator_dtype(query.dtype)
-    return reference.position_attention_map(query.to(wide), key.to(wide), points.long(), scale=scale)
+    with _autocast_disabled(query):
+        return reference.position_attention_map(query.to(wide), key.to(wide), points.long(), scale=scale)
 
 
 def channel_attention_map(x: Tensor, *, variant: str = "official") -> Tensor:
@@ -152,7 +155,8 @@ def channel_attention_map(x: Tensor, *, variant: str = "official") -> Tensor:
     Raises TypeError and ValueError as `channel_attention`. Differentiable.
     """
     check_channel_attention(x, None, variant)
-    return reference.channel_attention_map(x.to(accumulator_dtype(x.dtype)), variant=variant)
+    with _autocast_disabled(x):
+        return reference.channel_attention_map(x.to(accumulator_dtype(x.dtype)), variant=variant)
 
 
 def _gamma_tensor(op: str, gamma: Tensor | float | None, model: Tensor) -> Tensor | None:
@@ -168,6 +172,18 @@ def _autocasts(tensor: object) -> bool:
     if not isinstance(tensor, Tensor) or tensor.device.type not in ("cpu", "cuda"):
         return False
     return torch.is_autocast_enabled(tensor.device.type)
+
+
+def _autocast_disabled(tensor: Tensor) -> AbstractContextManager[object]:
+    """Keeps the map's logits in the accumulator dtype."""
+    return torch.autocast(tensor.device.type, enabled=False) if _autocasts(tensor) else nullcontext()
+
+
+def _check_points(op: str, points: Tensor, queries: int) -> None:
+    """Raise ValueError unless the values of `points`, which must be at hand, are positions of queries."""
+    if points.numel() and (int(points.min()) < 0 or int(points.max()) >= queries):
+        got = f"{int(points.min())} to {int(points.max())}"
+        raise ValueError(f"{op}: points must lie between 0 and {queries - 1}, got {got}")
 
 
 def _refuse_forward_mode(op: str, tensors: tuple[Tensor | None, ...]) -> None:
