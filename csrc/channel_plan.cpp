@@ -18,8 +18,8 @@ int64_t accumulator_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4;
 int64_t widened(Dtype dtype, int64_t rows, int64_t columns) { return element_size(dtype) == 2 ? rows * columns : 0; }
 
 // Elements of the scratch of a worker, for sums of products and for the result.
-int64_t product_scratch(const ChannelPlan& plan, Dtype dtype, int64_t C, int64_t left_rows) {
-  return plan.panel * C + widened(dtype, C + left_rows, plan.step);
+int64_t product_scratch(const ChannelPlan& plan, Dtype dtype, int64_t C, int64_t panel) {
+  return plan.panel * C + widened(dtype, C + panel, plan.step);
 }
 int64_t result_scratch(const ChannelPlan& plan, Dtype dtype, int64_t C, int64_t products) {
   return plan.rows * (C + products * plan.columns) + widened(dtype, C, plan.columns);
@@ -36,7 +36,7 @@ ChannelPlan plan_channel(int64_t B, int64_t C, int64_t N) {
   plan.splits = std::max<int64_t>(ceil_div(N, plan.split), 1);
   plan.step = std::min<int64_t>(aligned(ceil_div(plan.split, ceil_div(plan.split, 1024))), std::max<int64_t>(N, 1));
   plan.batch = std::clamp<int64_t>(kTasks / std::max<int64_t>(panels * plan.splits, 1), 1, std::max<int64_t>(B, 1));
-  plan.rows = std::clamp<int64_t>(C, 1, 256);
+  plan.rows = std::clamp<int64_t>(C, 1, 128);
   const int64_t blocks = plan.batch * std::max<int64_t>(ceil_div(C, plan.rows), 1);
   const int64_t columns = std::clamp<int64_t>(aligned(ceil_div(N * blocks, kTasks)), 64, 512);
   plan.columns = std::clamp<int64_t>(N, 1, columns);

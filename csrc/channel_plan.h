@@ -8,7 +8,7 @@
 namespace danet {
 
 struct ChannelPlan {
-  int64_t panel;    // rows of G that one task computes, up to their last column at or below the diagonal
+  int64_t panel;    // columns of G that one task computes, down to their last row at or above the diagonal
   int64_t splits;   // partial sums of G over the positions; each has a [C, C] of its own
   int64_t split;    // positions per partial sum
   int64_t step;     // positions per product

@@ -5,12 +5,12 @@ import itertools
 
 import pytest
 import torch
+from small import BACKENDS, both, close, inputs, randn
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from danet_kernels import (
-    available_backends,
     backends,
     channel_attention,
     position_attention,
@@ -18,39 +18,10 @@ from danet_kernels import (
     use_backend,
 )
 
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(bool(reasons), reason="; ".join(reasons)))
-    for name, reasons in available_backends("position_attention", torch.empty(1)).items()
-]
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 OPS = torch.ops.danet_kernels
 NAMES = ("query", "key", "value", "residual", "gamma")
 SUBSETS = ["".join(subset) for n in range(1, 6) for subset in itertools.combinations("qkvrg", n)]
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def inputs(
-    gradients: str = "qkvrg", dtype: torch.dtype = torch.float64, size: tuple[int, int] = (3, 4)
-) -> list[Tensor]:
-    """query, key [2, 3, *size], value, residual [2, 5, *size], gamma [1]; `gradients`: which of them require one."""
-    tensors = [randn(2, channels, *size, seed=seed, dtype=dtype) for seed, channels in enumerate((3, 3, 5, 5))]
-    tensors.append(randn(1, seed=4, dtype=dtype))
-    return [tensor.requires_grad_(name in gradients) for tensor, name in zip(tensors, "qkvrg", strict=True)]
-
-
-def both(backend: str):
-    """Functions of the five inputs, one per operator, and of which inputs."""
-    return (
-        (lambda *given: position_attention(*given, scale=0.7, backend=backend), range(5)),
-        (lambda *given: channel_attention(given[3], given[4], backend=backend), (3, 4)),
-    )
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
 # ---- without gradients

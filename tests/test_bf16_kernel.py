@@ -1,4 +1,4 @@
-"""The AVX512-BF16 forward, which is for inference on CPUs where it is the faster one: forced here on every CPU that has it."""
+"""The AVX512-BF16 forward for inference: taken where it is the faster one, forced here on every CPU that has it."""
 
 from __future__ import annotations
 

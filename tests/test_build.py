@@ -265,9 +265,7 @@ def test_the_library_needs_only_torchs_stable_abi():
     listing = output_of("nm", "-D", "--undefined-only", CPU_LIBRARY)
     symbols = {line.split()[-1] for line in listing.splitlines()}
     # Versioned names are of the C and C++ run-time libraries, the others of torch or the linker.
-    allowed = re.compile(
-        r"(aoti_)?torch_\w+|\S+@(GLIBC|GLIBCXX|CXXABI|GCC|GOMP|OMP)_\S+|__gmon_start__|_ITM_\w+"
-    )
+    allowed = re.compile(r"(aoti_)?torch_\w+|\S+@(GLIBC|GLIBCXX|CXXABI|GCC|GOMP|OMP)_\S+|__gmon_start__|_ITM_\w+")
     assert "torch_library_impl" in symbols
     assert sorted(symbol for symbol in symbols if not allowed.fullmatch(symbol)) == []
 

@@ -11,10 +11,11 @@ namespace {
 
 // delta[r] = sum_c P[r, c] H[r, c] for rows of G and H [., C]
 template <class T>
-DANET_SIMD void row_dots(const T* G, const T* H, int64_t rows, int64_t C, T sign, const T* row_max, const T* row_sum,
+DANET_SIMD void row_dots(const View<const T>& G, const View<const T>& H, T sign, const T* row_max, const T* row_sum,
                          T* delta) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const T *DANET_RESTRICT g = G + r * C, *DANET_RESTRICT h = H + r * C;
+  const int64_t C = G.columns;
+  for (int64_t r = 0; r < G.rows; ++r) {
+    const T *DANET_RESTRICT g = G.data + r * G.row_stride, *DANET_RESTRICT h = H.data + r * H.row_stride;
     const T max = row_max[r], scale = row_sum[r];
     T lanes[kRowLanes] = {};
     const int64_t whole = C / kRowLanes * kRowLanes;
@@ -36,8 +37,12 @@ struct Rows {
 
 // H <- dG + dG^T in rows row .. row + rows, columns 0 .. row + rows, and in the mirror image of these. G is symmetric.
 template <class T>
-DANET_SIMD void symmetric_gradient(const T* G, T* H, int64_t C, int64_t row, int64_t rows, T sign, const Rows<T>& s) {
+DANET_SIMD void symmetric_gradient(const View<const T>& gram, const View<T>& cross, int64_t row, int64_t rows, T sign,
+                                   const Rows<T>& s) {
   constexpr int64_t kTile = kStrip;
+  const int64_t C = gram.columns;
+  const T* G = gram.data;
+  T* H = cross.data;
   T mirrored[kTile * kTile];  // mirrored[r, c] = H[c, r]
   for (int64_t c0 = 0; c0 < row + rows; c0 += kTile) {
     const int64_t columns = std::min(kTile, row + rows - c0);
@@ -62,18 +67,6 @@ DANET_SIMD void symmetric_gradient(const T* G, T* H, int64_t C, int64_t row, int
   }
 }
 
-// Rows of P^T [., C] from rows of G, which is symmetric.
-template <class T>
-DANET_SIMD void transposed_probabilities(const T* G, int64_t rows, int64_t C, T sign, const Rows<T>& s, T* P) {
-  const T *DANET_RESTRICT max = s.max, *DANET_RESTRICT sum = s.sum;
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* DANET_RESTRICT from = G + r * C;
-    T* DANET_RESTRICT to = P + r * C;
-#pragma omp simd
-    for (int64_t c = 0; c < C; ++c) to[c] = fast_exp(sign * from[c] - max[c]) / sum[c];
-  }
-}
-
 template <class T>
 void backward(const ChannelBackward& p) {
   const ChannelPlan plan = plan_channel(p.B, p.C, p.N);
@@ -81,6 +74,7 @@ void backward(const ChannelBackward& p) {
   ChannelSums<T> sums(plan, x, &dout, p.C, p.N);
   Scratch<T> delta(plan.batch * p.C);
   const T sign = T(p.sign);
+  const bool by_channel = channels_contiguous(p.dx);
   const int64_t blocks = ceil_div(p.C, plan.rows), chunks = ceil_div(p.N, plan.columns);
   double dgamma = 0;
 
@@ -95,40 +89,43 @@ void backward(const ChannelBackward& p) {
     // 2. delta [C], and dgamma
     for_strips(batch, p.C, [&](int64_t b, int64_t row, int64_t rows) {
       const Rows<T> s = rows_of(b);
-      row_dots<T>(sums.gram(b) + row * p.C, sums.cross(b) + row * p.C, rows, p.C, sign, s.max + row, s.sum + row,
-                  delta.data() + b * p.C + row);
+      row_dots<T>(sums.gram(b).block(row, 0, rows, p.C), sums.cross(b).block(row, 0, rows, p.C), sign, s.max + row,
+                  s.sum + row, delta.data() + b * p.C + row);
     });
     for (int64_t i = 0; i < batch * p.C; ++i) dgamma += static_cast<double>(delta.data()[i]);
     if (!p.dx.data) continue;
     // 3. dG + dG^T [C, C] in place of H
     for_strips(batch, p.C, [&](int64_t b, int64_t row, int64_t rows) {
-      symmetric_gradient<T>(sums.gram(b), sums.cross(b), p.C, row, rows, sign, rows_of(b));
+      symmetric_gradient<T>(sums.gram(b), sums.cross(b), row, rows, sign, rows_of(b));
     });
     // 4. Blocks of dx. Consecutive tasks share their rows of P^T.
     run_tasks(batch * blocks * chunks, [&](TaskQueue& queue) {
       int64_t task;
       if (!queue.next(task)) return;
-      Scratch<T> P(plan.rows * p.C), first(plan.rows * plan.columns), second(plan.rows * plan.columns);
+      Scratch<T> map(plan.rows * p.C), first(plan.rows * plan.columns), second(plan.rows * plan.columns);
       Scratch<T> widened(std::max(x.scratch(p.C, plan.columns), dout.scratch(p.C, plan.columns)));
-      int64_t formed = -1;  // block whose rows are in P
+      View<const T> P{};
+      int64_t formed = -1;  // block whose rows of P^T are in P
       do {
         const int64_t block = task / chunks, b = block / blocks, n = task % chunks * plan.columns;
         const int64_t row = block % blocks * plan.rows, rows = std::min(plan.rows, p.C - row);
         const int64_t width = std::min(plan.columns, p.N - n);
+        const Rows<T> s = rows_of(b);
         if (formed != block)
-          transposed_probabilities<T>(sums.gram(b) + row * p.C, rows, p.C, sign, rows_of(b), P.data());
+          P = rows_of_map<T>(sums.gram(b), Map::kTransposed, row, rows, sign, s.max, s.sum, by_channel, map.data());
         formed = block;
+        const View<T> coefficients = sums.cross(b);  // symmetric: its rows are its columns
+        const View<T> through_values = block_of(first.data(), rows, width, by_channel);
+        const View<T> through_map = block_of(second.data(), rows, width, by_channel);
+        matmul<T>(P, dout.read(b0 + b, 0, n, p.C, width, widened.data()), through_values);
+        matmul<T>(by_channel ? coefficients.block(0, row, p.C, rows).transposed() : coefficients.block(row, 0, rows, p.C),
+                  x.read(b0 + b, 0, n, p.C, width, widened.data()), through_map);
         with_element<T>(p.dtype, [&](auto element) {
           using E = decltype(element);
-          const View<E> dx = matrix<E>(p.dx, b0 + b, p.C, p.N).block(row, n, rows, width);
           const View<const E> residual =
               p.residual ? matrix<E>(p.dout, b0 + b, p.C, p.N).block(row, n, rows, width) : View<const E>{};
-          const View<T> through_values = product_like(dx, first.data()), through_map = product_like(dx, second.data());
-          matmul<T>(View<const T>{P.data(), rows, p.C, p.C, 1}, dout.read(b0 + b, 0, n, p.C, width, widened.data()),
-                    through_values);
-          matmul<T>(View<const T>{sums.cross(b) + row * p.C, rows, p.C, p.C, 1},
-                    x.read(b0 + b, 0, n, p.C, width, widened.data()), through_map);
-          blend<T, E>(through_values, through_map.data, T(p.gamma), residual, dx);
+          blend<T, E>(through_values, through_map.data, T(p.gamma), residual,
+                      matrix<E>(p.dx, b0 + b, p.C, p.N).block(row, n, rows, width));
         });
       } while (queue.next(task));
     });

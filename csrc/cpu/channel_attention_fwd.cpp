@@ -1,18 +1,19 @@
 // Channel attention forward in fp32 and fp64 (tiles of fp16 and bf16 are widened to fp32 as they are read).
 //
-// G = x x^T from its lower triangle; statistics of the rows of sign * G; then blocks of gamma P x + x, whose rows of P a worker
+// G = x x^T from its upper triangle; statistics of the rows of sign * G; then blocks of gamma P x + x, whose rows of P a worker
 // forms from G and the statistics when it comes to them. Sums run in an order of their own: bitwise the same for any threads.
 #include "channel_attention.h"
 
 namespace danet {
 namespace {
 
-// Row maximum and sum of exp(sign * G - maximum) for rows of G [., C].
+// Row maximum and sum of exp(sign * G - maximum) for rows G [., C] of the Gram matrix.
 template <class T>
-DANET_SIMD void row_statistics(const T* G, int64_t rows, int64_t C, T sign, T* row_max, T* row_sum) {
+DANET_SIMD void row_statistics(const View<const T>& G, T sign, T* row_max, T* row_sum) {
   constexpr T kInfinity = std::numeric_limits<T>::infinity();
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* DANET_RESTRICT row = G + r * C;
+  const int64_t C = G.columns;
+  for (int64_t r = 0; r < G.rows; ++r) {
+    const T* DANET_RESTRICT row = G.data + r * G.row_stride;
     T lane_max[kRowLanes], lane_min[kRowLanes], lane_sum[kRowLanes];
     for (int64_t i = 0; i < kRowLanes; ++i) {
       lane_max[i] = -kInfinity;
@@ -44,18 +45,6 @@ DANET_SIMD void row_statistics(const T* G, int64_t rows, int64_t C, T sign, T* r
   }
 }
 
-// Rows of P [., C] from rows of G.
-template <class T>
-DANET_SIMD void probabilities(const T* G, int64_t rows, int64_t C, T sign, const T* row_max, const T* row_sum, T* P) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* DANET_RESTRICT from = G + r * C;
-    T* DANET_RESTRICT to = P + r * C;
-    const T max = row_max[r], sum = row_sum[r];
-#pragma omp simd
-    for (int64_t c = 0; c < C; ++c) to[c] = fast_exp(sign * from[c] - max) / sum;
-  }
-}
-
 template <class T>
 void forward(const ChannelForward& p) {
   const ChannelPlan plan = plan_channel(p.B, p.C, p.N);
@@ -63,6 +52,7 @@ void forward(const ChannelForward& p) {
   ChannelSums<T> sums(plan, x, nullptr, p.C, p.N);
   const T sign = T(p.sign);
   T *const row_max = static_cast<T*>(p.row_max), *const row_sum = static_cast<T*>(p.row_sum);
+  const bool by_channel = channels_contiguous(p.out);
   const int64_t blocks = ceil_div(p.C, plan.rows), chunks = ceil_div(p.N, plan.columns);
 
   for (int64_t b0 = 0; b0 < p.B; b0 += plan.batch) {
@@ -72,29 +62,30 @@ void forward(const ChannelForward& p) {
     // 2. Statistics of its rows
     for_strips(batch, p.C, [&](int64_t b, int64_t row, int64_t rows) {
       const int64_t at = (b0 + b) * p.C + row;
-      row_statistics<T>(sums.gram(b) + row * p.C, rows, p.C, sign, row_max + at, row_sum + at);
+      row_statistics<T>(sums.gram(b).block(row, 0, rows, p.C), sign, row_max + at, row_sum + at);
     });
     // 3. Blocks of the result. Consecutive tasks share their rows of P.
     run_tasks(batch * blocks * chunks, [&](TaskQueue& queue) {
       int64_t task;
       if (!queue.next(task)) return;
-      Scratch<T> P(plan.rows * p.C), product(plan.rows * plan.columns), widened(x.scratch(p.C, plan.columns));
+      Scratch<T> map(plan.rows * p.C), product(plan.rows * plan.columns), widened(x.scratch(p.C, plan.columns));
+      View<const T> P{};
       int64_t formed = -1;  // block whose rows are in P
       do {
         const int64_t block = task / chunks, b = block / blocks, n = task % chunks * plan.columns;
         const int64_t row = block % blocks * plan.rows, rows = std::min(plan.rows, p.C - row);
-        const int64_t width = std::min(plan.columns, p.N - n), at = (b0 + b) * p.C + row;
+        const int64_t width = std::min(plan.columns, p.N - n), at = (b0 + b) * p.C;
         if (formed != block)
-          probabilities<T>(sums.gram(b) + row * p.C, rows, p.C, sign, row_max + at, row_sum + at, P.data());
+          P = rows_of_map<T>(sums.gram(b), Map::kPlain, row, rows, sign, row_max + at, row_sum + at, by_channel, map.data());
         formed = block;
+        const View<T> attn = block_of(product.data(), rows, width, by_channel);  // [rows, width]
+        matmul<T>(P, x.read(b0 + b, 0, n, p.C, width, widened.data()), attn);
         with_element<T>(p.dtype, [&](auto element) {
           using E = decltype(element);
-          const View<E> out = matrix<E>(p.out, b0 + b, p.C, p.N).block(row, n, rows, width);
           const View<const E> residual =
               p.residual ? matrix<E>(p.x, b0 + b, p.C, p.N).block(row, n, rows, width) : View<const E>{};
-          const View<T> attn = product_like(out, product.data());
-          matmul<T>(View<const T>{P.data(), rows, p.C, p.C, 1}, x.read(b0 + b, 0, n, p.C, width, widened.data()), attn);
-          blend<T, E>(attn, nullptr, T(p.gamma), residual, out);
+          blend<T, E>(attn, nullptr, T(p.gamma), residual,
+                      matrix<E>(p.out, b0 + b, p.C, p.N).block(row, n, rows, width));
         });
       } while (queue.next(task));
     });

@@ -45,12 +45,12 @@ class Tiles {
 };
 
 template <class T>
-DANET_SIMD void add_rows(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* DANET_RESTRICT source = from + r * from_stride;
-    T* DANET_RESTRICT destination = to + r * to_stride;
+DANET_SIMD void add(const View<const T>& from, const View<T>& to) {
+  for (int64_t r = 0; r < to.rows; ++r) {
+    const T* DANET_RESTRICT source = from.data + r * from.row_stride;
+    T* DANET_RESTRICT destination = to.data + r * to.row_stride;
 #pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) destination[c] += source[c];
+    for (int64_t c = 0; c < to.columns; ++c) destination[c] += source[c];
   }
 }
 
@@ -73,13 +73,15 @@ void for_strips(int64_t count, int64_t C, const Body& body) {
   });
 }
 
-// Copies G's rows row .. row + rows, which are complete up to the diagonal, to the columns above the diagonal.
+// Copies rows row .. row + rows of G, which are complete from the diagonal on, to the columns below the diagonal.
 template <class T>
-DANET_SIMD void mirror(T* G, int64_t C, int64_t row, int64_t rows) {
-  const View<const T> below{G + row * C, rows, row, C, 1};
-  transform(below, View<T>{G + row, rows, row, 1, C}, [](int64_t, int64_t, T x) __attribute__((always_inline)) { return x; });
-  for (int64_t r = row; r < row + rows; ++r)
-    for (int64_t c = row; c < r; ++c) G[c * C + r] = G[r * C + c];
+DANET_SIMD void mirror(const View<T>& G, int64_t row, int64_t rows) {
+  const int64_t after = row + rows, columns = G.columns - after;
+  const View<const T> above = G.block(row, after, rows, columns);
+  transform(above.transposed(), G.block(after, row, columns, rows),
+            [](int64_t, int64_t, T x) __attribute__((always_inline)) { return x; });
+  for (int64_t r = row; r < after; ++r)
+    for (int64_t c = r + 1; c < after; ++c) G.data[c * G.row_stride + r] = G.data[r * G.row_stride + c];
 }
 
 // The matrices G, and H if there is a dout, of the batch elements in flight.
@@ -91,37 +93,37 @@ class ChannelSums {
         cross_(dout ? plan.batch * plan.splits * C * C : 0) {}
 
   // [C, C] of batch element first + b, complete after compute(first, count).
-  T* gram(int64_t b) { return gram_.data() + b * plan_.splits * C_ * C_; }
-  T* cross(int64_t b) { return cross_.data() + b * plan_.splits * C_ * C_; }
+  View<T> gram(int64_t b) { return partial(gram_, b, 0); }
+  View<T> cross(int64_t b) { return partial(cross_, b, 0); }
 
   void compute(int64_t first, int64_t count) {
-    // G is symmetric: its panels of rows end at the diagonal block. Long panels come first, so that the threads end together.
+    // G is symmetric: its panels of columns end at the diagonal block. Tall panels come first, so that the threads end together.
     const int64_t panels = ceil_div(C_, plan_.panel), cross_panels = dout_ ? panels : 0, pieces = count * plan_.splits;
     run_tasks((cross_panels + panels) * pieces, [&](TaskQueue& queue) {
       int64_t task;
       if (!queue.next(task)) return;
       const bool steps = plan_.step < std::min(plan_.split, N_);
-      Scratch<T> product(steps ? plan_.panel * C_ : 0), right(x_.scratch(C_, plan_.step));
-      Scratch<T> left(dout_ ? dout_->scratch(plan_.panel, plan_.step) : 0);
+      Scratch<T> product(steps ? C_ * plan_.panel : 0), left(x_.scratch(C_, plan_.step));
+      Scratch<T> right(dout_ ? x_.scratch(plan_.panel, plan_.step) : 0);
       do {
         const int64_t kind = task / pieces, b = task % pieces / plan_.splits, split = task % plan_.splits;
         const bool is_cross = kind < cross_panels;
-        const int64_t panel = is_cross ? kind : cross_panels + panels - 1 - kind;
-        const int64_t row = panel * plan_.panel, rows = std::min(plan_.panel, C_ - row);
-        const int64_t columns = is_cross ? C_ : row + rows;
-        const View<T> sum{(is_cross ? cross(b) : gram(b)) + (split * C_ + row) * C_, rows, columns, C_, 1};
-        const int64_t end = std::min((split + 1) * plan_.split, N_);
-        int64_t n = split * plan_.split;
+        const int64_t column = (is_cross ? kind : cross_panels + panels - 1 - kind) * plan_.panel;
+        const int64_t columns = std::min(plan_.panel, C_ - column), rows = is_cross ? C_ : column + columns;
+        const View<T> sum = partial(is_cross ? cross_ : gram_, b, split).block(0, column, rows, columns);
+        const int64_t begin = split * plan_.split, end = std::min(begin + plan_.split, N_);
+        int64_t n = begin;
         do {  // once at least: no positions make zeros
           const int64_t width = std::min(plan_.step, end - n);
-          const View<const T> x = x_.read(first + b, 0, n, columns, width, right.data());
-          const View<const T> a = is_cross ? dout_->read(first + b, row, n, rows, width, left.data())
-                                           : x.block(row, 0, rows, width);
-          if (n == split * plan_.split) {
-            matmul<T>(a, x.transposed(), sum);
+          const View<const T> all = (is_cross ? *dout_ : x_).read(first + b, 0, n, rows, width, left.data());
+          const View<const T> panel = is_cross ? x_.read(first + b, column, n, columns, width, right.data())
+                                               : all.block(column, 0, columns, width);
+          if (n == begin) {
+            matmul<T>(all, panel.transposed(), sum);
           } else {
-            matmul<T>(a, x.transposed(), View<T>{product.data(), rows, columns, columns, 1});
-            add_rows<T>(product.data(), columns, rows, columns, sum.data, C_);
+            const View<T> term{product.data(), rows, columns, columns, 1};
+            matmul<T>(all, panel.transposed(), term);
+            add<T>(term, sum);
           }
           n += width;
         } while (n < end);
@@ -129,15 +131,18 @@ class ChannelSums {
     });
     for_strips(count, C_, [&](int64_t b, int64_t row, int64_t rows) {
       for (int64_t split = 1; split < plan_.splits; ++split) {
-        const int64_t offset = row * C_, partial = split * C_ * C_ + offset;
-        add_rows<T>(gram(b) + partial, C_, rows, row + rows, gram(b) + offset, C_);
-        if (dout_) add_rows<T>(cross(b) + partial, C_, rows, C_, cross(b) + offset, C_);
+        add<T>(partial(gram_, b, split).block(row, row, rows, C_ - row), gram(b).block(row, row, rows, C_ - row));
+        if (dout_) add<T>(partial(cross_, b, split).block(row, 0, rows, C_), cross(b).block(row, 0, rows, C_));
       }
-      mirror<T>(gram(b), C_, row, rows);
+      mirror<T>(gram(b), row, rows);
     });
   }
 
  private:
+  View<T> partial(Scratch<T>& sums, int64_t b, int64_t split) {
+    return {sums.data() + (b * plan_.splits + split) * C_ * C_, C_, C_, C_, 1};
+  }
+
   const ChannelPlan plan_;
   const Tiles<T>& x_;
   const Tiles<T>* dout_;
