@@ -138,7 +138,7 @@ def _won(group: list[Cell]) -> str:
     op = best.case.op.replace("_", " ")
     lines = [
         f"{group[0].case.crop}, exact {op}: {label(best.case.name)} needs {best.memory / MIB:,.0f} MiB "
-        f"and {milliseconds(best.seconds)}."
+        f"and {best.seconds:.2g} s."
     ]
     for cell in group:
         if not cell.ours and cell.memory:
