@@ -26,6 +26,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 ENVIRONMENT = (
     "DANET_KERNELS_BACKEND",
+    "DANET_KERNELS_BF16_KERNEL",
     "DANET_BUILD",
     "DANET_BUILD_TORCH",
     "DANET_TORCH_SITE",
