@@ -95,4 +95,18 @@ DANET_INLINE void transform(const View<const S>& source, const View<E>& destinat
   }
 }
 
+namespace {
+
+// to += from, matrices whose rows are contiguous.
+template <class T>
+DANET_SIMD void add(const View<const T>& from, const View<T>& to) {
+  for (int64_t r = 0; r < to.rows; ++r) {
+    const T* DANET_RESTRICT source = from.data + r * from.row_stride;
+    T* DANET_RESTRICT destination = to.data + r * to.row_stride;
+#pragma omp simd
+    for (int64_t c = 0; c < to.columns; ++c) destination[c] += source[c];
+  }
+}
+
+}  // namespace
 }  // namespace danet

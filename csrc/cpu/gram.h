@@ -44,16 +44,6 @@ class Tiles {
   const bool in_place_;
 };
 
-template <class T>
-DANET_SIMD void add(const View<const T>& from, const View<T>& to) {
-  for (int64_t r = 0; r < to.rows; ++r) {
-    const T* DANET_RESTRICT source = from.data + r * from.row_stride;
-    T* DANET_RESTRICT destination = to.data + r * to.row_stride;
-#pragma omp simd
-    for (int64_t c = 0; c < to.columns; ++c) destination[c] += source[c];
-  }
-}
-
 constexpr int64_t kStrip = 32;  // rows per task of the passes over [C, C]
 
 // Runs body(b, row, rows) for strips of the rows of `count` matrices [C, C]; where that is little work, without waking threads.

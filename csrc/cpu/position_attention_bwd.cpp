@@ -38,16 +38,6 @@ DANET_SIMD void logit_gradients(T* DANET_RESTRICT dlogits, const T* DANET_RESTRI
   }
 }
 
-template <class T>
-DANET_SIMD void add(const View<const T>& from, const View<T>& to) {
-  for (int64_t r = 0; r < to.rows; ++r) {
-    const T* DANET_RESTRICT source = from.data + r * from.row_stride;
-    T* DANET_RESTRICT destination = to.data + r * to.row_stride;
-#pragma omp simd
-    for (int64_t c = 0; c < to.columns; ++c) destination[c] += source[c];
-  }
-}
-
 // sum += a b, or sum = a b for the first term; scratch has room for one product.
 template <class T>
 void accumulate(const View<const T>& a, const View<const T>& b, bool first, const View<T>& sum, T* scratch) {
