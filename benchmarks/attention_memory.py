@@ -29,6 +29,7 @@ from benchmarks.implementations import (
     Case,
     attention,
     make_block,
+    on_tensor_cores,
     run_block,
     warm_up,
 )
@@ -38,7 +39,10 @@ from benchmarks.report import Cell
 from benchmarks.shapes import CHANNELS, CROPS, QUERY_CHANNELS, Crop, parse_crop
 from benchmarks.timing import clock, interleaved, median
 from danet_kernels import available_backends
+from danet_kernels.backends import BACKENDS
 
+# What is compared unless --backends says otherwise. In Triton's interpreter there is nothing to time.
+COMPILED = [name for name in BACKENDS if name != "eager" and not getattr(BACKENDS[name], "INTERPRETED", False)]
 REPEATS = 3  # of each timed run; one of position attention above N = 16384
 
 
@@ -49,7 +53,7 @@ def plan(options: argparse.Namespace) -> list[list[Cell]]:
     groups = []
     for op in OPS:
         refused = _refusals(op, DTYPES[options.dtype], device)
-        ours = options.backends or [name for name, why in refused.items() if not why and name != "eager"]
+        ours = options.backends or [name for name, why in refused.items() if not why and name in COMPILED]
         names = [*PEERS, *(f"danet:{name}" for name in ours or ["eager"])]
         for crop in options.crops:
             group = []
@@ -137,7 +141,7 @@ def time_block(
             warm_up(case)
             kept: list[torch.Tensor] = []
             seconds = clock(partial(_keep, kept, partial(block.run, function)), case.device)
-            error = gate.check(kept.pop(), function)
+            error = gate.check(kept.pop(), function, tensor_cores=on_tensor_cores(case.name))
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as problem:
             outcomes[case.name] = memory.describe(problem)
             continue

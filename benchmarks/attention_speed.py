@@ -1,226 +1,131 @@
-"""The speed goals of the CPU kernels, measured against eager and against a large torch.mm in the same run.
+"""How fast attention alone is, without projections, against what could be run instead.
 
     python benchmarks/attention_speed.py
 
-Here the attention runs alone, without projections, at N = 9216 (a 768 x 768 crop). Every figure is a ratio of medians
-of interleaved runs; a kernel that breaks the error rule gets WRONG instead.
+On a machine with a GPU: the race of gpu_speed.py against every way that plain torch has. Elsewhere: the speed goals of
+the CPU kernels, cpu_speed.py. A kernel that breaks the error rule gets WRONG instead of a time.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import Tensor
 
-from benchmarks import record, report
-from benchmarks.correctness import Gate
-from benchmarks.implementations import DTYPES, OPS, Attention, Block, Case, attention, make_block
+from benchmarks import cpu_speed, goals, gpu_report, gpu_speed, memory, plot, record
+from benchmarks.gpu_cells import POSITION, Group
+from benchmarks.implementations import DTYPES
 from benchmarks.options import Parser
-from benchmarks.shapes import CHANNELS, QUERY_CHANNELS, SPEED_CROP, Crop, parse_crop
-from benchmarks.timing import interleaved, median
+from benchmarks.peers import peers
+from benchmarks.shapes import SPEED_CROP, parse_crop, parse_size
 from danet_kernels import available_backends
 
-POSITION, CHANNEL = OPS
-MM_SIZE = 4096  # of the square torch.mm that says what the machine can do
-_IMPORT = "import torch, time; start = time.perf_counter(); import danet_kernels; print(time.perf_counter() - start)"
-
-
-@dataclass
-class Row:
-    """One line of the table: `value` should be at least (or at most) `goal`; None: it got no figure, or has no goal."""
-
-    name: str
-    value: float | None
-    unit: str
-    goal: float | None
-    at_least: bool = True
-    note: str = ""
-    seconds: dict[str, list[float]] = field(default_factory=dict)  # of every run, by implementation
-
-    @property
-    def met(self) -> bool | None:
-        if self.goal is None or self.value is None:
-            return None
-        return self.value >= self.goal if self.at_least else self.value <= self.goal
-
-
-def attention_rows(
-    case: Case, goal: float | None, repeats: int, *, mm_goal: float | None = None, find: Callable = attention
-) -> list[Row]:
-    """Our time against eager's, and given `mm_goal` our FLOP rate against that of torch.mm."""
-    mode = "forward + backward" if case.train else "forward"
-    title = f"{case.op.replace('_', ' ')}, {mode}, {case.dtype}, N = {case.crop.positions}"
-    block = make_block(case)
-    ours, eager = find(case.op, case.name), find(case.op, "eager")
-    operands = [operand.detach().requires_grad_(case.train) for operand in block.operands()]
-    run = partial(_run, block, operands)
-    gate = Gate(block)
-    error = gate.check(run(ours), ours)
-    if not error.passes:
-        return [Row(f"{title}, to eager", None, "x", goal, note=f"WRONG: {100 * error.share:.0f} % of the error limit")]
-    calls: dict[str, Callable[[], object]] = {"ours": partial(run, ours), "eager": partial(run, eager)}
-    if mm_goal is not None:
-        left, right = torch.randn(2, MM_SIZE, MM_SIZE, dtype=DTYPES[case.dtype])
-        calls["mm"] = partial(torch.mm, left, right)
-    for name in calls.keys() - {"ours"}:
-        calls[name]()  # ours has run
-    seconds = interleaved(calls, repeats)
-    took = {name: median(runs) for name, runs in seconds.items()}
-    note = f"{report.milliseconds(took['ours'])}, eager {report.milliseconds(took['eager'])}"
-    rows = [Row(f"{title}, to eager", took["eager"] / took["ours"], "x", goal, note=note, seconds=seconds)]
-    if mm_goal is not None:
-        flops = 2 * case.crop.positions**2 * (CHANNELS + QUERY_CHANNELS)
-        rate, mm_rate = flops / took["ours"], 2 * MM_SIZE**3 / took["mm"]
-        note = f"{rate / 1e9:.0f} GFLOP/s, torch.mm {mm_rate / 1e9:.0f} GFLOP/s"
-        rows.append(Row(f"{title}, to torch.mm", rate / mm_rate, "x", mm_goal, note=note))
-    return rows
-
-
-def _run(block: Block, operands: list[Tensor], function: Attention) -> Tensor:
-    with torch.set_grad_enabled(block.train):
-        out = function(*operands)
-    if block.train:
-        torch.autograd.grad(out, operands, block.dout)
-    return out
-
-
-def overhead_rows(backend: str) -> list[Row]:
-    """Microseconds of a call whose map has 4 x 4 positions: the price of a call, not of arithmetic."""
-    rows = []
-    for op, train, goal in (
-        (POSITION, False, 60.0),
-        (POSITION, True, 130.0),
-        (CHANNEL, False, 60.0),
-        (CHANNEL, True, 130.0),
-    ):
-        x = torch.randn(1, 64, 4, 4, requires_grad=train)
-        narrow = torch.randn(1, 8, 4, 4, requires_grad=train)
-        operands = (narrow, narrow, x) if op == POSITION else (x,)
-        function = attention(op, backend)
-        with torch.set_grad_enabled(train):
-            best = min(_per_call(partial(function, *operands)) for _ in range(5))
-        title = f"{op.replace('_', ' ')}, one call on a 4 x 4 map, {'with' if train else 'without'} grad"
-        rows.append(Row(title, 1e6 * best, " us", goal, at_least=False))
-    return rows
-
-
-def _per_call(call: Callable[[], object], count: int = 1000) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    return (time.perf_counter() - start) / count
-
-
-def import_row() -> Row:
-    root = Path(__file__).resolve().parent.parent
-    runs = [
-        float(
-            subprocess.run([sys.executable, "-c", _IMPORT], cwd=root, capture_output=True, check=True, text=True).stdout
-        )
-        for _ in range(3)
-    ]
-    return Row(
-        "import danet_kernels, beyond import torch", min(runs), " s", 0.3, at_least=False, seconds={"ours": runs}
-    )
-
-
-def measure(options: argparse.Namespace, show: Callable[[Row], None]) -> list[Row]:
-    rows: list[Row] = []
-    name = f"danet:{options.backend}"
-
-    def add(*found: Row) -> None:
-        for row in found:
-            rows.append(row)
-            show(row)
-
-    def case(op: str, dtype: str, train: bool, crop: Crop = options.crop) -> Case:
-        return Case(op, name, crop, dtype, train=train)
-
-    repeats = options.repeats
-    add(*attention_rows(case(POSITION, "fp32", False), 1.4, repeats, mm_goal=0.85))
-    add(*attention_rows(case(POSITION, "fp32", True), 1.4, repeats))
-    if torch.cpu._is_avx512_bf16_supported():
-        add(*attention_rows(case(POSITION, "bf16", False), 1.2, repeats))
-        add(*attention_rows(case(POSITION, "bf16", True), 1.0, repeats))
-    else:
-        for train, base in ((False, rows[0]), (True, rows[2])):
-            add(_against_fp32(attention_rows(case(POSITION, "bf16", train), None, repeats)[0], base))
-    add(*attention_rows(case(CHANNEL, "fp32", False), 1.15, 2 * repeats))
-    add(*attention_rows(case(CHANNEL, "fp32", True), 1.3, repeats))
-    if options.large:
-        add(*attention_rows(case(POSITION, "fp32", False, Crop(1024, 2048)), 1.0, 1))
-    add(*overhead_rows(name), import_row())
-    return rows
-
-
-def _against_fp32(bf16: Row, fp32: Row) -> Row:
-    """Where the CPU has no bf16 arithmetic, the goal is our own fp32 time."""
-    title = bf16.name.replace("to eager", "to our fp32 time")
-    if "ours" not in bf16.seconds or "ours" not in fp32.seconds:
-        return Row(title, None, "x", 1.15, at_least=False, note=bf16.note or fp32.note)
-    ratio = median(bf16.seconds["ours"]) / median(fp32.seconds["ours"])
-    return Row(title, ratio, "x", 1.15, at_least=False, note=bf16.note, seconds=bf16.seconds)
-
-
-def line(row: Row) -> str:
-    value = (
-        "-" if row.value is None else f"{row.value:.2f}{row.unit}" if row.value < 10 else f"{row.value:.0f}{row.unit}"
-    )
-    goal = "" if row.goal is None else f"{'>=' if row.at_least else '<='} {row.goal:g}{row.unit}"
-    verdict = {True: "met", False: "MISSED", None: ""}[row.met]
-    return f"{row.name:66}  {value:>8}  {goal:>10}  {verdict:6}  {row.note}".rstrip()
+CPU_ONLY = {"crop": f"{SPEED_CROP.height}x{SPEED_CROP.width}", "large": False}
+GPU_ONLY = {"sizes": None, "dtypes": list(DTYPES), "peers": None, "plot": None}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="attention_speed.py", description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--backend", default="native", help="backend of danet_kernels (default: native)")
-    add(
-        "--crop",
-        default=f"{SPEED_CROP.height}x{SPEED_CROP.width}",
-        help="crop in pixels; the goals are for the default",
-    )
-    add("--repeats", type=int, default=5, help="interleaved runs per figure (default: 5)")
-    add("--large", action="store_true", help="also N = 32768, where eager needs 8.5 GiB")
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--backend", help="backend of danet_kernels (default: native on the CPU, triton on a GPU)")
+    add("--repeats", type=int, help="interleaved runs per figure (default: 5 on the CPU, at most 25 on a GPU)")
     add("--json", metavar="FILE", help="write every figure and the environment to FILE")
+    cpu = parser.add_argument_group("on the CPU")
+    cpu.add_argument("--crop", help="crop in pixels; the goals are for the default, 768x768")
+    cpu.add_argument("--large", action="store_true", default=None, help="also N = 32768, where eager needs 8.5 GiB")
+    gpu = parser.add_argument_group("on a GPU")
+    gpu.add_argument("--sizes", nargs="+", metavar="BxN", help="batches and positions, such as 8x9216 (default: all)")
+    gpu.add_argument("--dtypes", nargs="+", metavar="DTYPE", help=f"of {', '.join(DTYPES)} (default: all)")
+    gpu.add_argument("--peers", nargs="+", metavar="NAME", help=f"of {', '.join(peers(POSITION))} (default: all)")
+    gpu.add_argument("--plot", metavar="FILE", help="draw TFLOP/s against N (needs matplotlib)")
     return parser.validated(arguments, _validate)
 
 
 def _validate(options: argparse.Namespace) -> None:
-    options.crop = parse_crop(options.crop)
+    if options.device not in (None, "cpu", "cuda"):
+        raise ValueError(f"unknown device {options.device!r}, expected cpu or cuda")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU")
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    here, elsewhere = (CPU_ONLY, GPU_ONLY) if options.device == "cpu" else (GPU_ONLY, CPU_ONLY)
+    for name in elsewhere:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} has no meaning on device {options.device}")
+        delattr(options, name)
+    for name, default in here.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    if options.repeats is None:
+        options.repeats = 5 if options.device == "cpu" else gpu_speed.REPEATS
     if options.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {options.repeats}")
+    options.backend = options.backend or ("native" if options.device == "cpu" else "triton")
     known = available_backends(POSITION)
     if options.backend not in known:
         raise ValueError(f"unknown backend {options.backend!r}, expected one of {', '.join(known)}")
     if known[options.backend]:
         raise ValueError(f"backend {options.backend!r} cannot run: {'; '.join(known[options.backend])}")
     record.check_writable(options.json)
+    if options.device == "cpu":
+        options.crop = parse_crop(options.crop)
+        return
+    options.sizes = options.sizes and sorted(map(parse_size, options.sizes))
+    for what, chosen, known_names in (("dtype", options.dtypes, DTYPES), ("peer", options.peers, peers(POSITION))):
+        for name in chosen or []:
+            if name not in known_names:
+                raise ValueError(f"unknown {what} {name!r}, expected one of {', '.join(known_names)}")
+    record.check_writable(options.plot)
+    if options.plot is not None:
+        plot.check(options.plot)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    return race_on_cpu(options) if options.device == "cpu" else race_on_gpu(options)
+
+
+def race_on_cpu(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     environment = record.environment("cpu")
     print(f"{record.machine(environment)}, backend {options.backend}\n")
-    rows = measure(options, lambda row: print(line(row), flush=True))
+    rows = cpu_speed.measure(options, lambda row: print(goals.line(row), flush=True))
     seconds = time.perf_counter() - start
-    goals = [row for row in rows if row.goal is not None]
-    print(f"\n{sum(row.met is True for row in goals)} of {len(goals)} goals met, in {seconds:.0f} s.")
+    print(f"\n{goals.count(rows)}, in {seconds:.0f} s.")
     if options.json is not None:
         cells = [asdict(row) | {"unit": row.unit.strip(), "met": row.met} for row in rows]
         record.write_json(options.json, "attention_speed", environment, options, cells, seconds)
     return int(any(row.value is None for row in rows))
+
+
+def race_on_gpu(options: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    environment = memory.run_isolated(record.environment, options.device)
+    print(f"{record.machine(environment)}, backend {options.backend}\n\n{gpu_report.legend()}\n")
+    figures = gpu_report.Figures([], {})
+    for group in gpu_speed.plan(options.backend, options.sizes, options.dtypes, options.peers, options.repeats):
+        run_and_show(group, figures, f"danet:{options.backend}")
+    seconds = time.perf_counter() - start
+    if options.json is not None:
+        found = environment | {"ceilings": figures.ceilings}
+        record.write_json(options.json, "attention_speed_gpu", found, options, figures.cells(), seconds)
+    if options.plot is not None:
+        plot.draw_rates(options.plot, figures, environment)
+    print(f"All of this took {seconds:.0f} s.")
+    return int(
+        any(cell["status"] == "wrong" and cell["implementation"].startswith("danet:") for cell in figures.cells())
+    )
+
+
+def run_and_show(group: Group, figures: gpu_report.Figures, ours: str) -> None:
+    gpu_speed.run_group(group, figures.add, lambda seconds: figures.ceilings.__setitem__(str(group), seconds))
+    print(gpu_report.tables(figures, (group.op, group.size, group.dtype), ours) + "\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ gigabytes, and channels for channel attention, unless its gradient is wanted, wh
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.implementations import Attention, Block
-from danet_kernels._error_rule import OUT_FACTOR, Yardstick, judge, yardsticks
+from danet_kernels._error_rule import OUT_FACTOR, Yardstick, as_operand, judge, yardsticks
 
 SAMPLED_ROWS = 64  # P
 _NAMES = {
@@ -27,6 +29,7 @@ _AT_QUERIES = ("query", "residual")  # operands with one column per query
 class Error:
     largest: float  # largest absolute error of the output
     share: float  # the worst error as a part of what the rule allows, gradients included
+    relative: float = 0.0  # the worst Frobenius error by the norm of the exact result, gamma's gradient left out
 
     @property
     def passes(self) -> bool:
@@ -36,10 +39,11 @@ class Error:
 class Gate:
     """What one block should return, and how far an ideal kernel is from it."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, operands: Sequence[Tensor] | None = None) -> None:
+        """operands: those that the attention gets, where they are not to be computed again."""
         self.block = block
         with torch.no_grad():
-            operands = [operand.detach() for operand in block.operands()]
+            operands = [operand.detach() for operand in operands or block.operands()]
         self.inputs: dict[str, Tensor] = dict(zip(_NAMES[block.op], operands, strict=True))
         channels, positions = block.features.flatten(2).shape[1:]
         rows = positions if block.op == "position_attention" else channels
@@ -59,47 +63,72 @@ class Gate:
             return _flat(tensor)[..., self.points]
         return _flat(tensor) if self.block.train else _flat(tensor)[:, self.points]
 
-    def check(self, out: Tensor, attention: Attention) -> Error:
+    def _yardstick(self, name: str, tensor_cores: bool) -> Yardstick:
+        found = self.yardsticks[name]
+        return found.for_tensor_cores() if tensor_cores else found
+
+    def check_output(self, out: Tensor, *, tensor_cores: bool = False) -> Error:
+        """The error of the block's output [B, C, H, W]; tensor_cores: of a kernel that multiplies on them."""
+        got, yardstick = self._sample(out.detach()), self._yardstick("out", tensor_cores)
+        largest = float((got.double() - yardstick.exact).abs().max())
+        return Error(largest, _share(got, yardstick), _relative(got, yardstick))
+
+    def check(self, out: Tensor, attention: Attention, *, tensor_cores: bool = False) -> Error:
         """The error of the block's output [B, C, H, W]; when training also that of a backward pass of `attention`.
 
         For position attention that pass has a dout that is zero but at the sampled queries: then the whole of dkey and
         dvalue, sums over all queries, can be compared without the N x N map, and dquery must be zero elsewhere.
         """
-        got = self._sample(out.detach())
-        largest = float((got.double() - self.yardsticks["out"].exact).abs().max())
-        shares = [_share(got, self.yardsticks["out"])]
-        if self.block.dout is not None:
-            leaves = {name: tensor.clone().requires_grad_() for name, tensor in self.inputs.items()}
-            mask = torch.zeros(self.block.dout.shape[2:].numel(), device=self.points.device)
-            mask[self.points if self.block.op == "position_attention" else slice(None)] = 1
-            dout = self.block.dout * mask.view(self.block.dout.shape[2:]).to(self.block.dout.dtype)
-            gradients = torch.autograd.grad(attention(*leaves.values()), list(leaves.values()), dout)
-            for name, gradient in zip(leaves, gradients, strict=True):
-                if name in _AT_QUERIES:
-                    shares.append(math.inf if (_flat(gradient) * (1 - mask)).any() else 0.0)
-                    gradient = self._sample(gradient)
-                shares.append(_share(_flat(gradient), self.yardsticks[f"d{name}"]))
-        return Error(largest, math.nan if any(map(math.isnan, shares)) else max(shares))
+        error = self.check_output(out, tensor_cores=tensor_cores)
+        if self.block.dout is None:
+            return error
+        shares, relatives = [error.share], [error.relative]
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in self.inputs.items()}
+        mask = torch.zeros(self.block.dout.shape[2:].numel(), device=self.points.device)
+        mask[self.points if self.block.op == "position_attention" else slice(None)] = 1
+        dout = self.block.dout * mask.view(self.block.dout.shape[2:]).to(self.block.dout.dtype)
+        gradients = torch.autograd.grad(attention(*leaves.values()), list(leaves.values()), dout)
+        for name, gradient in zip(leaves, gradients, strict=True):
+            if name in _AT_QUERIES:
+                shares.append(math.inf if (_flat(gradient) * (1 - mask)).any() else 0.0)
+                gradient = self._sample(gradient)
+            yardstick = self._yardstick(f"d{name}", tensor_cores)
+            shares.append(_share(_flat(gradient), yardstick))
+            if name != "gamma":  # one number, whose terms may cancel
+                relatives.append(_relative(_flat(gradient), yardstick))
+        return Error(error.largest, _worst(shares), _worst(relatives))
 
 
 def _channel_yardstick(x: Tensor, gamma: Tensor, points: Tensor) -> Yardstick:
     """Channel attention at P of its C channels; the ideal is computed with the positions in either order."""
 
-    def rows(flat: Tensor) -> Tensor:  # [B, C, N] -> [B, P, N]
-        chosen = flat[:, points]
-        gram = chosen @ flat.transpose(1, 2)  # [B, P, C]
+    def rows(flat: Tensor, operand: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensor:  # [B, C, N]
+        chosen = flat[:, points]  # [B, P, N]
+        gram = operand(chosen) @ operand(flat).transpose(1, 2)  # [B, P, C]
         probabilities = torch.softmax(gram.amax(dim=-1, keepdim=True) - gram, dim=-1)
-        return gamma.to(flat.dtype) * (probabilities @ flat) + chosen
+        return gamma.to(flat.dtype) * (operand(probabilities) @ operand(flat)) + chosen
+
+    def errors(*ideals: Tensor) -> tuple[float, float]:
+        found = [ideal.to(x.dtype).double() - exact for ideal in ideals]
+        return max(float(error.abs().max()) for error in found), max(float(error.norm()) for error in found)
 
     exact = rows(x.double())
-    ideals = (rows(x.float()), rows(x.float().flip(2)).flip(2))
-    errors = [ideal.to(x.dtype).double() - exact for ideal in ideals]
-    largest = max(float(error.abs().max()) for error in errors)
-    return Yardstick(exact, x.dtype, largest, max(float(error.norm()) for error in errors), OUT_FACTOR)
+    rounded = errors(rows(x.float(), partial(as_operand, dtype=x.dtype)))
+    plain = errors(rows(x.float()), rows(x.float().flip(2)).flip(2))
+    return Yardstick(exact, x.dtype, *plain, OUT_FACTOR, rounded)
 
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.flatten(2) if tensor.dim() > 2 else tensor
+
+
+def _worst(values: list[float]) -> float:
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def _relative(got: Tensor, yardstick: Yardstick) -> float:
+    """Frobenius norm of the error by that of the exact result."""
+    return float((got.double() - yardstick.exact).norm() / yardstick.exact.norm())
 
 
 def _share(got: Tensor, yardstick: Yardstick) -> float:
@@ -109,4 +138,4 @@ def _share(got: Tensor, yardstick: Yardstick) -> float:
         return math.inf
     pairs = ((verdict.error, verdict.allowed), (verdict.frobenius, verdict.frobenius_allowed))
     shares = [error / allowed if allowed else math.inf if error else 0.0 for error, allowed in pairs]
-    return math.nan if any(map(math.isnan, shares)) else max(shares)
+    return _worst(shares)

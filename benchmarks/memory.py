@@ -27,11 +27,15 @@ class CaseFailed(RuntimeError):
 
 
 def run_isolated(
-    function: Callable[..., Any], *arguments: Any, on_progress: Callable[[Any], None] = lambda message: None
+    function: Callable[..., Any],
+    *arguments: Any,
+    on_progress: Callable[[Any], None] = lambda message: None,
+    silence: float | None = None,
 ) -> Any:
     """`function(*arguments)` in a fresh forked process; function, arguments and result must pickle.
 
-    What the function passes to `report_progress` meanwhile arrives at `on_progress`.
+    What the function passes to `report_progress` meanwhile arrives at `on_progress`. A process that reports nothing for
+    `silence` seconds is killed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -40,7 +44,14 @@ def run_isolated(
     process.start()
     sender.close()
     try:
-        while (message := receiver.recv())[0] == "progress":
+        while True:
+            if not receiver.poll(silence):
+                process.kill()
+                process.join()
+                raise CaseFailed(f"its process reported nothing for {silence:g} s and was killed")
+            message = receiver.recv()
+            if message[0] != "progress":
+                break
             on_progress(message[1])
     except EOFError:
         process.join()

@@ -1,4 +1,4 @@
-"""Memory and time against crop size, as a picture. matplotlib is imported only when one is asked for."""
+"""Memory and time against crop size, or FLOP rates against N, as a picture. matplotlib is imported only for one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_cells import POSITION
+from benchmarks.gpu_report import Figures
 from benchmarks.implementations import BLOCK_NAMES
 from benchmarks.memory import MIB
 from benchmarks.record import machine
+from benchmarks.shapes import Size
 
 _COLOURS = {"eager": "#8c8c8c", "sdpa": "#5b8db8", "sdpa-padded": "#c98f3c"}  # the peers; ours stand out
+_PEER_COLOURS = ("#8c8c8c", "#c4c4c4", "#6a8f5a", "#a5c48f", "#5b8db8", "#2c5a86", "#9fc3e0", "#c98f3c", "#7d5ba6")
 
 
 def check(path: str) -> None:
@@ -77,3 +81,37 @@ def _panel(axes: Any, cells: list[dict[str, Any]], quantity: str, unit: float, t
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("crop")
+
+
+def draw_rates(path: str, figures: Figures, environment: dict[str, Any]) -> None:
+    """Useful TFLOP/s of position attention against N at batch 1, forward left, backward right, one row per dtype."""
+    from matplotlib.figure import Figure
+
+    found = [(size, dtype) for op, size, dtype in figures.groups() if op == POSITION and size.batch == 1]
+    dtypes = list(dict.fromkeys(dtype for _, dtype in found))
+    figure = Figure(figsize=(13, 4.2 * max(len(dtypes), 1)), layout="constrained")
+    for row, dtype in zip(figure.subplots(max(len(dtypes), 1), 2, squeeze=False), dtypes, strict=False):
+        sizes = sorted(size for size, of in found if of == dtype)
+        for axes, part in zip(row, ("forward", "backward"), strict=True):
+            _rates(axes, figures, sizes, dtype, part)
+        row[1].legend(*row[0].get_legend_handles_labels(), frameon=False, fontsize=9, bbox_to_anchor=(1, 1))
+    figure.suptitle(machine(environment), fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _rates(axes: Any, figures: Figures, sizes: list[Size], dtype: str, part: str) -> None:
+    cells = [cell for size in sizes for cell in figures.of(POSITION, size, dtype, "forward")]
+    labels = {cell["implementation"]: cell["label"] for cell in cells}
+    colours = dict(zip([name for name in labels if not name.startswith("danet:")], _PEER_COLOURS, strict=False))
+    for name, label in labels.items():
+        rates = [figures.rate(POSITION, size, dtype, name, part) for size in sizes]
+        heights = [rate / 1e12 if rate is not None else float("nan") for rate in rates]
+        ours = name.startswith("danet:")
+        style = {"color": colours.get(name, "#b3202c"), "linewidth": 2.5 if ours else 1.5, "zorder": 3 if ours else 2}
+        axes.plot(heights, "o:" if name.endswith("deterministic") else "o-", label=label, **style)
+    axes.set_xticks(range(len(sizes)), [f"{size.positions:,}" for size in sizes])
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"position attention {part}, {dtype}: useful TFLOP/s", loc="left", fontsize=11)
+    axes.set_xlabel("N")

@@ -16,12 +16,17 @@ exact by luck where a tensor is small:
   the two epsilons.
 For the same reason the Frobenius norm may exceed its bound by one ULP of the largest element, and dgamma,
 one number, has for its e at least the standard deviation that such a sum has.
+
+Kernels on tensor cores (`Yardstick.for_tensor_cores`) round what they multiply, and the ideal for them does too:
+- 16-bit inputs meet softmax weights P and gradients dS of the logits that are rounded to 16 bits. This is as good as
+  one rounding at the end, but for sums that cancel, and for dgamma, which is fp32 and sums products with attn.
+- fp32 operands keep 21 of 24 bits (three products of tf32), inputs included; and four times e is allowed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +39,7 @@ from ._layout import accumulator_dtype
 OUT_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
 DRAWS = 3  # random orders
+MORE_DRAWS = 30  # before a result is called wrong for good
 
 # The dimensions of every tensor after the batch, *S as S and *T as T; gamma has none.
 _AXES = {"query": "DS", "key": "DT", "value": "CT", "residual": "CS", "x": "CS", "out": "CS"}
@@ -51,6 +57,13 @@ class Yardstick:
     largest: float  # e
     frobenius: float  # norm of the ideal's error
     factor: float
+    rounded: tuple[float, float] = (0.0, 0.0)  # largest error and Frobenius norm of the ideal with rounded operands
+
+    def for_tensor_cores(self) -> Yardstick:
+        """The yardstick for kernels that multiply on tensor cores."""
+        largest, frobenius = max(self.largest, self.rounded[0]), max(self.frobenius, self.rounded[1])
+        factor = 4.0 if self.dtype == torch.float32 else self.factor
+        return replace(self, largest=largest, frobenius=frobenius, factor=factor)
 
     def allowed(self) -> Tensor:
         """The largest error allowed, element by element."""
@@ -107,7 +120,9 @@ def evaluate(
     return results
 
 
-def yardsticks(op: str, inputs: Inputs, dout: Tensor | None = None, **options: Any) -> dict[str, Yardstick]:
+def yardsticks(
+    op: str, inputs: Inputs, dout: Tensor | None = None, *, draws: int = DRAWS, **options: Any
+) -> dict[str, Yardstick]:
     """A yardstick for each result of `evaluate` of the operator `op` (such as "position_attention").
 
     options: scale, or variant and residual. Raises ValueError if an exact result is not finite, as there
@@ -121,12 +136,13 @@ def yardsticks(op: str, inputs: Inputs, dout: Tensor | None = None, **options: A
     exact = evaluate(definition, given, dout, dtype=torch.float64)
     ideals = [(evaluate(definition, given, dout, dtype=torch.float32), _epsilon(wide) / _epsilon(torch.float32))]
     generator = torch.Generator().manual_seed(0)
-    for _ in range(DRAWS):
+    for _ in range(draws):
         ideals.append((_shuffled(definition, given, dout, wide, generator), 1.0))
         if op == "position_attention" and dout is not None:
             results = _shuffled(partial(_position_from_lse, **options), given, dout, wide, generator)
             del results["out"]
             ideals.append((results, 1.0))
+    rounding = with_rounded_operands(op, given, dout, **options)
     found = {}
     for name, value in exact.items():
         if not value.to(dtypes[name]).isfinite().all():
@@ -138,10 +154,15 @@ def yardsticks(op: str, inputs: Inputs, dout: Tensor | None = None, **options: A
         ]
         largest = max(float(error.abs().max()) if error.numel() else 0.0 for error in errors)
         frobenius = max(float(error.norm()) for error in errors)
+        rounded = 0.0, 0.0
+        if name in rounding:
+            error = rounding[name].to(dtypes[name]).double().view_as(value) - value
+            rounded = float(error.abs().max()) if error.numel() else 0.0, float(error.norm())
         if name == "dgamma" and dout is not None:
             largest = frobenius = max(largest, _sum_deviation(definition, given, dout, wide))
+            rounded = (max(rounded[0], _sum_deviation(definition, given, dout, wide, rounded_to=dtype)),) * 2
         factor = OUT_FACTOR if name == "out" else GRADIENT_FACTOR
-        found[name] = Yardstick(value, dtypes[name], largest, frobenius, factor)
+        found[name] = Yardstick(value, dtypes[name], largest, frobenius, factor, rounded)
     return found
 
 
@@ -208,6 +229,26 @@ def _reorder(name: str, tensor: Tensor, orders: Mapping[str, Tensor]) -> Tensor:
     return tensor
 
 
+def with_rounded_operands(op: str, inputs: Inputs, dout: Tensor | None, **options: Any) -> dict[str, Tensor]:
+    """As `evaluate` in fp32, by an ideal kernel on tensor cores: it rounds its operands. Empty for fp64."""
+    given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    dtype = next(iter(given.values())).dtype
+    if dtype == torch.float64:
+        return {}
+    function = partial(_position_from_lse if op == "position_attention" else _channel_rounded, **options)
+    operands = {name: tensor if name == "gamma" else as_operand(tensor, dtype) for name, tensor in given.items()}
+    dout = None if dout is None else as_operand(dout, dtype)
+    return evaluate(partial(function, operands=dtype), operands, dout, dtype=torch.float32)
+
+
+def as_operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` with the values that tensor cores see in it where the inputs have this dtype."""
+    if dtype != torch.float32:
+        return tensor.to(dtype).to(tensor.dtype)
+    bits = tensor.float().view(torch.int32) & ~0b111  # 21 bits of mantissa, as high and low part of 11 and 10
+    return torch.where(tensor.isfinite(), bits.view(torch.float32), tensor)
+
+
 def _position_from_lse(
     query: Tensor,  # [B, D, *S]
     key: Tensor,  # [B, D, *T]
@@ -216,18 +257,59 @@ def _position_from_lse(
     gamma: Tensor | None = None,
     *,
     scale: float = 1.0,
+    operands: torch.dtype | None = None,
 ) -> Tensor:  # [B, C, *S]
     """Position attention whose gradients come from lse, and from delta = dout . attn instead of sum(P dP)."""
-    logits = scale * (query.flatten(2).transpose(1, 2) @ key.flatten(2))  # [B, M, N]
+    logits = _RoundGradient.apply(scale * (query.flatten(2).transpose(1, 2) @ key.flatten(2)), operands)  # [B, M, N]
     weights = torch.exp(logits - torch.logsumexp(logits, dim=-1, keepdim=True).detach())  # [B, M, N]
     total = weights.sum(dim=-1)  # [B, M]
     one = 1 + (total - total.detach())  # only its gradient matters
-    attn = value.flatten(2) @ weights.transpose(1, 2) / one[:, None, :]  # [B, C, M]
+    attn = value.flatten(2) @ _rounded(weights, operands).transpose(1, 2) / one[:, None, :]  # [B, C, M]
     return reference._blend(attn.view(*attn.shape[:2], *query.shape[2:]), residual, gamma)
 
 
-def _sum_deviation(definition: Function, inputs: Mapping[str, Tensor], dout: Tensor, dtype: torch.dtype) -> float:
-    """Standard deviation of dgamma = sum(dout * attn) in `dtype`: errors of the terms and of their sum.
+def _channel_rounded(
+    x: Tensor,  # [B, C, *S]
+    gamma: Tensor | None = None,
+    *,
+    variant: str = "official",
+    residual: bool = True,
+    operands: torch.dtype | None = None,
+) -> Tensor:  # [B, C, *S]
+    """Channel attention with rounded weights, and rounded gradients of the Gram matrix."""
+    flat = x.flatten(2)
+    gram = _RoundGradient.apply(flat @ flat.transpose(1, 2), operands)  # [B, C, C]
+    weights = torch.softmax(-gram if variant == "official" else gram, dim=-1)
+    attn = _rounded(weights, operands) @ flat  # [B, C, N]
+    return reference._blend(attn.view_as(x), x if residual else None, gamma)
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`tensor` as an operand, with its own gradient."""
+    return tensor if dtype is None else tensor + (as_operand(tensor, dtype) - tensor).detach()
+
+
+class _RoundGradient(torch.autograd.Function):
+    """The identity, whose gradient becomes an operand on its way."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        ctx.dtype = dtype
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient if ctx.dtype is None else as_operand(gradient, ctx.dtype), None
+
+
+def _sum_deviation(
+    definition: Function,
+    inputs: Mapping[str, Tensor],
+    dout: Tensor,
+    dtype: torch.dtype,
+    rounded_to: torch.dtype | None = None,
+) -> float:
+    """Standard deviation of dgamma = sum(dout * attn) in `dtype`, attn rounded: errors of the terms and of their sum.
 
     The errors of one row of the map go together, so whole rows are looked at as well as single terms.
     """
@@ -235,6 +317,7 @@ def _sum_deviation(definition: Function, inputs: Mapping[str, Tensor], dout: Ten
     operands = {name: tensor for name, tensor in inputs.items() if name not in ("residual", "gamma")}
     exact = evaluate(attention, operands, dtype=torch.float64)["out"].flatten(2)  # [B, C, M]
     rounded = _shuffled(attention, operands, None, dtype, torch.Generator().manual_seed(0))["out"]
+    rounded = rounded.to(rounded_to or dtype)
     weights = dout.flatten(2).double()
     terms = weights * (rounded - exact)
     rows = terms.sum(dim=2 if "x" in inputs else 1)

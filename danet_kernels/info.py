@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ import torch
 import danet_kernels
 
 from .backends import BACKENDS, OPS, native, requested
+from .proven import status
 
 _PACKAGE = Path(__file__).resolve().parent
 
 ENVIRONMENT = (
     "DANET_KERNELS_BACKEND",
     "DANET_KERNELS_BF16_KERNEL",
+    "DANET_KERNELS_CACHE",
+    "XDG_CACHE_HOME",
     "DANET_BUILD",
     "DANET_BUILD_TORCH",
     "DANET_TORCH_SITE",
@@ -70,6 +74,7 @@ def collect() -> dict[str, Any]:
     sections: dict[str, Callable[[], Any]] = {
         "versions": _versions,
         "backends": _backends,
+        "proven": _proven,
         "libraries": _libraries,
         "build": lambda: dict.fromkeys(_BUILD_KEYS) | native.build_info(),
         "cpu": _cpu,
@@ -136,11 +141,26 @@ def _backends() -> dict[str, Any]:
     """What may run, on empty hands: for a call of your own ask `available_backends` with its tensors."""
     facts: dict[str, Any] = {"order": list(BACKENDS), "requested": _attempt(lambda: requested("auto"))}
     for op in OPS:
-        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for device in _devices():
             tensors = [torch.empty(1, 8, 1, device=device)] * 3
             reasons = danet_kernels.available_backends(op, *tensors)
             facts.setdefault(op, {})[device] = reasons
     return facts
+
+
+def _proven() -> dict[str, Any]:
+    """Whether "auto" may take the kernels of a backend where they can run."""
+    return {
+        op: {
+            device: {name: _attempt(partial(status, backend, op, device)) for name, backend in BACKENDS.items()}
+            for device in _devices()
+        }
+        for op in OPS
+    }
+
+
+def _devices() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 def _libraries() -> dict[str, Any]:
@@ -188,7 +208,12 @@ def _gpus() -> dict[str, Any]:
     return {
         "driver": driver.read_text(encoding="utf-8").splitlines()[0] if driver.exists() else None,
         "devices": [
-            {"name": device.name, "capability": f"{device.major}.{device.minor}", "memory": device.total_memory}
+            {
+                "name": device.name,
+                "capability": f"{device.major}.{device.minor}",
+                "family": f"sm_{device.major}{device.minor}",
+                "memory": device.total_memory,
+            }
             for device in devices
         ],
     }

@@ -13,6 +13,13 @@ from . import backends
 from ._checks import DTYPE_NAMES, DTYPES
 from ._layout import accumulator_dtype
 from .backends import native
+from .backends.triton import configs
+from .proven import is_subject_to_proof
+
+_PROCESSORS = 132  # multiprocessors of a GPU that is not at hand: those of an H100
+_TILE = 128  # positions, or channels, of a tile of the Triton kernels
+_LARGEST_TILE = 128 * 256 * 4  # bytes of its fp32 sums
+_PART = 1 << 28  # bytes of channel attention's workspace from which on a batch goes in parts
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ def memory_estimate(
     queries: int | None = None,
     residual: bool = True,
     copies: bool = False,
+    device: torch.device | str = "cpu",
 ) -> MemoryEstimate:
     """Peak memory of one call beyond its inputs: results, what is kept for the backward, gradients, workspace.
 
@@ -57,14 +65,17 @@ def memory_estimate(
         shape: (B, C, *S), the shape of value, or of x.
         dtype: of the inputs.
         training: forward and backward with all gradients, rather than forward alone without grad.
-        backend: the backend that will run; "auto": as for CPU tensors.
+        backend: the backend that will run; "auto": the one for tensors on `device`.
         query_channels: D of position attention; None: max(C // 8, 1), as in DANet.
         queries: M of position attention; None: N.
         residual: whether residual or gamma is given (without both, `out` serves the backward as it is).
         copies: the inputs are views whose spatial dimensions do not collapse into one stride (crops): copied once.
+        device: "cpu", or an NVIDIA GPU from Ampere on, which need not be there.
 
     The figures of the CPU kernels come from the plans that the kernels themselves follow; their scratch depends on
-    torch.get_num_threads(). Raises ValueError for an unknown op, backend or impossible shape, TypeError for the dtype.
+    torch.get_num_threads(). Those of the Triton kernels are estimates for contiguous inputs, their workspace depends on
+    the number of multiprocessors (132 where there is no GPU). Raises ValueError for an unknown op, backend or
+    impossible shape, TypeError for the dtype.
     """
     if op not in backends.OPS:
         raise ValueError(f"unknown op {op!r}, expected one of {', '.join(map(repr, backends.OPS))}")
@@ -72,15 +83,15 @@ def memory_estimate(
         raise TypeError(f"{op}: dtype must be one of {DTYPE_NAMES}, got {str(dtype).removeprefix('torch.')}")
     if len(shape) < 3 or any(size < 0 for size in shape):
         raise ValueError(f"{op}: shape must be (B, C, *S) with at least 3 sizes >= 0, got {tuple(shape)}")
+    batch, channels, positions = shape[0], shape[1], math.prod(shape[2:])
+    d = max(channels // 8, 1) if query_channels is None else query_channels
     name = backends.requested(backend)
     if name == "auto":
-        name = next(name for name, module in backends.BACKENDS.items() if not module.why_not(op))
+        name = _automatic(op, d, dtype, torch.device(device))
     if 0 in shape:
         name = "eager"  # which serves maps without entries
-    batch, channels, positions = shape[0], shape[1], math.prod(shape[2:])
     sizes = dtype.itemsize, accumulator_dtype(dtype).itemsize
     if op == "position_attention":
-        d = max(channels // 8, 1) if query_channels is None else query_channels
         m = positions if queries is None else queries
         items = _position_items(name, batch, channels, d, m, positions, dtype, sizes, training, residual)
         copied = batch * (d * (m + positions) + channels * (positions + m * residual)) * dtype.itemsize
@@ -90,6 +101,19 @@ def memory_estimate(
     if copies:
         items["copies of the inputs"] = copied
     return MemoryEstimate(op, name, MappingProxyType(items))
+
+
+def _automatic(op: str, D: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The backend that "auto" takes, if it is not kept from Triton's kernels."""
+    if device.type != "cuda":
+        return next(
+            name
+            for name, module in backends.BACKENDS.items()
+            if not is_subject_to_proof(module) and not module.why_not(op)
+        )
+    largest = configs.FP32_LARGEST_D if dtype == torch.float32 else configs.LARGEST_D
+    has_kernels = dtype != torch.float64 and (op != "position_attention" or largest >= D)
+    return "triton" if has_kernels else "eager"
 
 
 def _position_items(
@@ -110,6 +134,8 @@ def _position_items(
         if residual or size != wide:
             items["attn, kept for the backward"] = B * C * M * wide
         items["gradients"] = B * (D * (M + N) + C * N) * size
+    if backend == "triton":
+        return items | _triton_position_workspace(B, C, D, M, N, size, training)
     if backend == "native":
         arguments = B, C, D, M, N, str(dtype).removeprefix("torch."), torch.get_num_threads()
         forward = native.plans().position_forward_workspace(*arguments)
@@ -129,6 +155,8 @@ def _channel_items(
     items = {"out": B * C * N * size, "row statistics": 2 * B * C * wide}
     if training:
         items["gradients"] = B * C * N * size
+    if backend == "triton":
+        return items | _triton_channel_workspace(B, C, N, size, training)
     if backend == "native":
         arguments = B, C, N, str(dtype).removeprefix("torch."), torch.get_num_threads()
         forward = native.plans().channel_forward_workspace(*arguments)
@@ -139,6 +167,43 @@ def _channel_items(
         backward = 5 * B * C * C * wide + 3 * B * C * N * wide + 2 * widened if training else 0
     items["workspace"] = max(forward, backward)
     return items
+
+
+def _triton_position_workspace(B: int, C: int, D: int, M: int, N: int, size: int, training: bool) -> dict[str, int]:
+    """What backends/triton/position_attention.py allocates beside the results."""
+    items = {"sums of the tiles that programs share": _processors() * _LARGEST_TILE}
+    if training:
+        items["delta"] = B * M * 4
+        items["fp32 sums of dquery and dkey"] = B * D * (_whole_tiles(M) + _whole_tiles(N)) * 4
+    packed = _packed(B * D, M, size) + _packed(B * (C + D), N, size)  # query, key and value
+    return items | {"packed copies": packed + (_packed(B * C, M, size) if training else 0)}
+
+
+def _triton_channel_workspace(B: int, C: int, N: int, size: int, training: bool) -> dict[str, int]:
+    """What backends/triton/channel_attention.py allocates beside the results, for as many images as go at once."""
+    blocks, row = _whole_tiles(C) // _TILE, _whole_tiles(C)
+    tiles = blocks * (blocks + 1) // 2 + (blocks**2 if training else 0)  # of G above the diagonal, of H = dout x^T
+    matrices = C * row * (2 * 4 + size if training else 4)  # G; H and dG
+    images = min(B, max(1, _PART // (tiles * _TILE**2 * 4 + matrices)))
+    splits = max(1, _processors() // (images * tiles))
+    return {
+        "partial sums of matrix products": images * tiles * splits * _TILE**2 * 4,
+        "C x C matrices": images * matrices,
+        "packed copies": _packed(B * C, N, size) * (1 + training),  # x and dout
+    }
+
+
+def _processors() -> int:
+    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else _PROCESSORS
+
+
+def _whole_tiles(positions: int) -> int:
+    return -(-positions // _TILE) * _TILE
+
+
+def _packed(rows: int, positions: int, size: int) -> int:
+    """Bytes of the copy of a tensor whose rows do not begin at multiples of 16 bytes."""
+    return rows * (-(-positions // 16) * 16) * size if positions * size % 16 else 0
 
 
 def _mebibytes(size: int) -> str:

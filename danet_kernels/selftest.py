@@ -2,6 +2,8 @@
 
 Every backend that can run is compared with the fp64 reference, forward and every gradient, on odd sizes and
 all kinds of strides, under the rule of _error_rule.py. Exit status 0 if all results follow the rule, else 1.
+
+With TRITON_INTERPRET=1 some cases of the Triton kernels run in Triton's interpreter, without a GPU.
 """
 
 from __future__ import annotations
@@ -13,59 +15,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import danet_kernels
 
+from ._cases import Case
 from ._error_rule import Verdict, evaluate, judge, yardsticks
-from ._layout import accumulator_dtype
+from ._self_check import for_gpu
+from .backends import BACKENDS
+from .proven import is_subject_to_proof
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 SHOWN = 20  # wrong results that are described in full
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of an operator; `arrange` says how its tensors lie in memory."""
-
-    batch: int
-    channels: int  # C
-    positions: tuple[int, ...]  # *S
-    keys: tuple[int, ...] = ()  # *T; empty for channel attention
-    query_channels: int = 0  # D
-    gamma: float | None = 0.75
-    residual: bool = True
-    arrange: str = "contiguous"
-    spread: float = 1.0  # standard deviation of the logits, or of x
-    variant: str = "official"
-
-    def make(self, dtype: torch.dtype, device: str, seed: int) -> tuple[dict[str, Tensor], Tensor, dict[str, Any]]:
-        """The arguments by name, dout, and the options."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(channels: int, positions: tuple[int, ...], deviation: float = 1.0) -> Tensor:
-            values = torch.randn(self.batch, channels, *positions, generator=generator) * deviation
-            return _arrange(values.to(device, dtype), self.arrange)
-
-        inputs, options = {}, {}
-        if self.keys:
-            inputs["query"] = normal(self.query_channels, self.positions, self.spread / self.query_channels**0.5)
-            inputs["key"] = normal(self.query_channels, self.keys)
-            inputs["value"] = normal(self.channels, self.keys)
-            if self.residual:
-                inputs["residual"] = normal(self.channels, self.positions)
-        else:
-            inputs["x"] = normal(self.channels, self.positions, self.spread)
-            options = {"variant": self.variant, "residual": self.residual}
-        if self.gamma is not None:
-            inputs["gamma"] = torch.full((1,), self.gamma, dtype=accumulator_dtype(dtype), device=device)
-        dout = normal(self.channels, self.positions)
-        if self.arrange == "expanded":  # as the gradient of a sum over the last dimension
-            dout = dout[..., :1].expand_as(dout)
-        return inputs, dout, options
+INTERPRETED = 4  # cases
 
 
 # Sizes on both sides of the kernels' tiles, M != N, and maps from flat to one-hot.
@@ -113,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
             findings = _Findings()
             for seed, case in enumerate(cases):
                 for dtype in DTYPES:
-                    _check(findings, op, case, dtype, device, seed)
+                    _check(findings, op, case, dtype, device, seed, interpreted=seed < INTERPRETED)
             findings.print_tables(f"{op} on {device}")
             failures += findings.failures
             count += findings.count
@@ -153,11 +117,12 @@ class _Findings:
                 print(f"\n{title}, {backend}: does not run: {reason}")
 
 
-def _check(findings: _Findings, op: str, case: Case, dtype: str, device: str, seed: int) -> None:
-    """Run one case on every backend that can."""
+def _check(findings: _Findings, op: str, case: Case, dtype: str, device: str, seed: int, interpreted: bool) -> None:
+    """Run one case on every backend that can; interpreted: also on those that are interpreted here."""
     inputs, dout, options = case.make(DTYPES[dtype], device, seed)
     results: dict[str, dict[str, Tensor] | str] = {}
     for backend, reasons in danet_kernels.available_backends(op, *inputs.values()).items():
+        reasons = reasons or _interpreter_reasons(backend, dtype, device, interpreted)
         if reasons:
             findings.reasons.setdefault(backend, {}).update(dict.fromkeys(reasons))
             continue
@@ -168,10 +133,21 @@ def _check(findings: _Findings, op: str, case: Case, dtype: str, device: str, se
             results[backend] = f"raised {type(error).__name__}: {error}"
     with _one_thread():
         on_cpu = {name: tensor.cpu() for name, tensor in inputs.items()}
-        for name, yardstick in yardsticks(op, on_cpu, dout.cpu(), **options).items():
+        for name, ideal in yardsticks(op, on_cpu, dout.cpu(), **options).items():
             for backend, got in results.items():
+                on_gpu = is_subject_to_proof(BACKENDS[backend])
+                yardstick = for_gpu(ideal, DTYPES[dtype]) if on_gpu else ideal
                 verdict = Verdict(complaint=got) if isinstance(got, str) else judge(got[name], yardstick)
                 findings.add(backend, name, dtype, verdict, f"{op}, {backend}, {dtype}, {case}")
+
+
+def _interpreter_reasons(backend: str, dtype: str, device: str, few: bool) -> list[str]:
+    """Reasons not to run a case on a backend that is interpreted on this device."""
+    if device != "cpu" or not is_subject_to_proof(BACKENDS[backend]):
+        return []
+    if dtype == "bf16":
+        return ["bf16 is wrong in Triton's interpreter, which multiplies the bits of the numbers"]
+    return [] if few else [f"only the first {INTERPRETED} cases, as Triton's interpreter is slow"]
 
 
 @contextmanager
@@ -191,18 +167,6 @@ def _share(verdict: Verdict) -> float:
 
 def _cell(verdict: Verdict) -> str:
     return "wrong" if verdict.complaint is not None else f"{verdict.error:.1e} / {verdict.allowed:.1e}"
-
-
-def _arrange(tensor: Tensor, how: str) -> Tensor:
-    """`tensor` [B, C, *S] with other strides."""
-    if how == "channels_last":
-        return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-    if how == "transposed":
-        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
-    if how == "cropped":  # out of a buffer of NaN, which reading too far would bring to light
-        buffer = torch.full([size + 3 for size in tensor.shape], torch.nan, dtype=tensor.dtype, device=tensor.device)
-        return buffer[tuple(slice(1, size + 1) for size in tensor.shape)].copy_(tensor)
-    return tensor
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import formulas
 import pytest
 import torch
+from on_backend import device_of, moved
 from torch import Tensor
 
 import danet_kernels
@@ -35,17 +36,6 @@ AXES = {
 """Axes of every tensor after B, by symbol; in channel attention there is only one kind of position, M."""
 
 
-def _backend(name: str, op: str) -> Any:
-    reasons = danet_kernels.available_backends(op)[name]
-    missing = [pytest.mark.skip(reason=f"backend {name}: {'; '.join(reasons)}")] if reasons else []
-    return pytest.param(name, marks=missing)
-
-
-CPU_BACKENDS = ("eager", "native")
-for_each_backend = pytest.mark.parametrize("backend", [_backend(name, "position_attention") for name in CPU_BACKENDS])
-for_each_fused_backend = pytest.mark.parametrize(
-    "backend", [_backend(name, "position_attention") for name in CPU_BACKENDS if name != "eager"]
-)
 for_each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 for_each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -80,10 +70,13 @@ class Problem:
     def reference(self) -> Callable[..., Tensor]:
         return partial(getattr(reference, self.op), **self.options)
 
-    def run(self, backend: str) -> dict[str, Tensor]:
-        """out and every gradient of the public function."""
+    def run(self, backend: str, device: str | None = None) -> dict[str, Tensor]:
+        """out and every gradient of the public function, on the device of the backend or on another; on the CPU."""
         function = partial(getattr(danet_kernels, self.op), backend=backend, **self.options)
-        return evaluate(function, self.tensors, self.dout)
+        device = device or device_of(backend)
+        tensors = {name: moved(tensor, device) for name, tensor in self.tensors.items()}
+        results = evaluate(function, tensors, None if self.dout is None else moved(self.dout, device))
+        return {name: result.cpu() for name, result in results.items()}
 
     def __str__(self) -> str:
         tensors = self.tensors | {"dout": self.dout}
@@ -210,24 +203,50 @@ def _channel_shapes() -> Iterator[tuple[int, int, int]]:
     ]
 
 
-def position_cases() -> list[PositionCase]:
+def _triton_position_shapes() -> Iterator[tuple[int, int, int, int, int]]:
+    """(B, D, C, M, N), few and small, as interpreted kernels take 10 ms a tile: the edges of their tiles.
+
+    Those have 16, 32, 64 or 128 queries or keys, 16 to 256 channels of value, and all of D, a power of two.
+    """
+    small = itertools.cycle([(1, 8, 16), (2, 3, 3), (1, 32, 7), (3, 5, 1)])  # B, D, C
+    edges = (1, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 257)
+    yield from ((*next(small), M, 41) for M in edges)
+    yield from ((*next(small), 23, N) for N in edges)
+    yield from ((1, D, 24, 37, 70) for D in (1, 16, 17, 48, 64, 65, 100, 128))
+    yield from ((1, 16, C, 33, 40) for C in (1, 15, 17, 32, 63, 65, 128, 129, 255, 257))
+    # Tiles that cross C and D, where the next batch element must not show; more tiles than multiprocessors.
+    yield from [(2, 48, 500, 97, 97), (5, 16, 20, 150, 136), (1, 64, 512, 64, 200), (33, 8, 9, 5, 6)]
+
+
+def _triton_channel_shapes() -> Iterator[tuple[int, int, int]]:
+    """(B, C, N), as few: tiles have 64 or 128 channels or positions."""
+    yield from ((1, C, 41) for C in (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 257))
+    yield from ((2, 20, N) for N in (1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 513, 2049, 4097))
+    yield from [(5, 19, 43), (2, 500, 97), (2, 129, 255), (1, 384, 130)]
+
+
+EXTRAS = [(True, 0.75), (False, None), (True, None), (False, -0.5)]
+"""residual and gamma"""
+
+
+def position_cases(triton: bool = False) -> list[PositionCase]:
     """Every shape in every dtype; each shape meets all four combinations of residual and gamma."""
-    extras = [(True, 0.75), (False, None), (True, None), (False, -0.5)]
     scales = [1.0, 1.0, 0.125, 1.0, -0.5]
     return [
-        PositionCase(*shape, dtype, *extras[(i + j) % 4], scale=scales[i % 5])
-        for i, shape in enumerate(dict.fromkeys(_position_shapes()))
+        PositionCase(*shape, dtype, *EXTRAS[(i + j) % 4], scale=scales[i % 5])
+        for i, shape in enumerate(dict.fromkeys(_triton_position_shapes() if triton else _position_shapes()))
         for j, dtype in enumerate(DTYPES)
-    ]
+        if not triton or dtype != "fp64"
+    ] + [PositionCase(1, D, 24, 37, 70, dtype) for D in (129, 256) for dtype in ("bf16", "fp16") if triton]
 
 
-def channel_cases() -> list[ChannelCase]:
+def channel_cases(triton: bool = False) -> list[ChannelCase]:
     """Every shape in every dtype, with the variants in turn."""
-    extras = [(True, 0.75), (False, None), (True, None), (False, -0.5)]
     return [
-        ChannelCase(*shape, dtype, VARIANTS[(i + j // 2) % 2], *extras[(i + j) % 4])
-        for i, shape in enumerate(dict.fromkeys(_channel_shapes()))
+        ChannelCase(*shape, dtype, VARIANTS[(i + j // 2) % 2], *EXTRAS[(i + j) % 4])
+        for i, shape in enumerate(dict.fromkeys(_triton_channel_shapes() if triton else _channel_shapes()))
         for j, dtype in enumerate(DTYPES)
+        if not triton or dtype != "fp64"
     ]
 
 

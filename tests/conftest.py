@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import platform
+import sys
 import zlib
 from collections import Counter
 
@@ -16,22 +19,45 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+# Where there is no GPU, the Triton kernels are interpreted. Read once, when triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from on_backend import has_kernels
+
 import danet_kernels
-from danet_kernels import _layout, backends, ops
+from danet_kernels import _layout, backends
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON and not torch.cuda.is_available():
+    importlib.import_module("triton_interpreter").patch()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def poison():
-    """The same on the Python side: what the package allocates through its one helper starts as NaN."""
-    allocate = _layout.empty_like_layout
-
-    def poisoned(*args, **kwargs):
-        return allocate(*args, **kwargs).fill_(torch.nan)
-
+    """The same on the Python side: what the package allocates through its two helpers starts as NaN."""
+    helpers = [(_layout, "empty_like_layout")]
+    if HAS_TRITON:
+        helpers.append((importlib.import_module("danet_kernels.backends.triton.launch"), "empty"))
     with pytest.MonkeyPatch.context() as patch:
-        for module in (_layout, ops):  # ops.py has imported it by name
-            patch.setattr(module, "empty_like_layout", poisoned)
+        for home, name in helpers:
+            allocate = getattr(home, name)
+
+            def poisoned(*args, allocate=allocate, **kwargs):
+                return allocate(*args, **kwargs).fill_(torch.nan)
+
+            for module in list(sys.modules.values()):  # also those that have imported it by name
+                if module.__name__.startswith("danet_kernels") and getattr(module, name, None) is allocate:
+                    patch.setattr(module, name, poisoned)
         yield
+
+
+@pytest.fixture
+def deterministic(request):
+    """For tests that compare bits: the Triton kernels add up one gradient in any order, if torch allows them to."""
+    given = getattr(request.node, "callspec", None)
+    if given is not None and "triton" in given.params.values():
+        torch.use_deterministic_algorithms(True)  # put back below
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +76,15 @@ def isolation(request):
         torch.use_deterministic_algorithms(deterministic)
     # A backend set by a test that failed inside `use_backend` would decide what the tests after it run on.
     assert backends._context.get() is None
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the combinations of parameters for which a backend has no kernels."""
+    kept, left_out = [], []
+    for item in items:
+        (kept if has_kernels(item.callspec.params if hasattr(item, "callspec") else {}) else left_out).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_report_header():

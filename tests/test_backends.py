@@ -19,6 +19,7 @@ from danet_kernels import available_backends, backends, channel_attention, posit
 
 PACKAGE = Path(danet_kernels.__file__).resolve().parent
 VARIABLE = backends.ENVIRONMENT_VARIABLE
+CPU_BACKENDS = ("native", "eager")
 X = torch.ones(1, 2, 3)
 
 
@@ -37,7 +38,7 @@ def ran(monkeypatch):
     """Two backends that can run; the names of those that did, in order."""
     monkeypatch.delenv(VARIABLE, raising=False)
     calls: list[str] = []
-    monkeypatch.setattr(backends, "BACKENDS", {name: stand_in(name, [], calls) for name in ("native", "eager")})
+    monkeypatch.setattr(backends, "BACKENDS", {name: stand_in(name, [], calls) for name in CPU_BACKENDS})
     return calls
 
 
@@ -48,8 +49,8 @@ def test_auto_takes_the_first_that_can_run(ran, monkeypatch):
     assert ran == ["native", "eager"]
 
 
-def test_the_order_is_native_then_eager():
-    assert list(available_backends("position_attention")) == ["native", "eager"]
+def test_the_order_is_native_then_triton_then_eager():
+    assert list(available_backends("position_attention")) == ["native", "triton", "eager"]
 
 
 def test_argument_beats_context_beats_environment(ran, monkeypatch):
@@ -160,10 +161,12 @@ def test_available_backends_looks_at_the_inputs():
     reasons = available_backends("channel_attention", on_meta, None)
     assert reasons["eager"] == []
     assert any("not for meta" in reason for reason in reasons["native"])
+    assert any("not on meta" in reason or "not installed" in reason for reason in reasons["triton"])
     query = torch.empty(1, 2, 3)
-    assert available_backends("position_attention", query, query, query, None, None) == available_backends(
-        "position_attention"
-    )
+    with_inputs = available_backends("position_attention", query, query, query, None, None)
+    assert {name: with_inputs[name] for name in CPU_BACKENDS} == {
+        name: reasons for name, reasons in available_backends("position_attention").items() if name in CPU_BACKENDS
+    }
 
 
 def test_empty_inputs_need_no_kernel(monkeypatch):

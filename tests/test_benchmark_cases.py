@@ -6,7 +6,8 @@ python -m pytest tests/test_benchmark_cases.py --benchmark-autosave --benchmark-
 from __future__ import annotations
 
 import pytest
-from cases import ChannelCase, PositionCase, for_each_backend
+from cases import ChannelCase, PositionCase
+from on_backend import for_each_cpu_backend
 from tolerance import assert_follows_error_rule, yardsticks
 
 CASES = [
@@ -19,7 +20,7 @@ CASES = [
 ]
 
 
-@for_each_backend
+@for_each_cpu_backend
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_speed(benchmark, case, training, backend):

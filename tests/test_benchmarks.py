@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +19,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import attention_memory, attention_speed, memory, report
+from benchmarks import attention_memory, attention_speed, cpu_speed, goals, memory, report
 from benchmarks.correctness import Error
 from benchmarks.implementations import OPS, Case, attention, make_block, run_block, warm_up
 from benchmarks.prediction import predict_extra_memory
 from benchmarks.report import Cell
-from benchmarks.shapes import CROPS, Crop, parse_crop
+from benchmarks.shapes import CROPS, POSITION_SIZES, Crop, parse_crop
 from benchmarks.timing import interleaved
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +68,8 @@ def test_memory_options_that_make_no_sense(arguments, message, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there(capsys):
-    assert "torch sees no GPU" in refuse(attention_memory.main, ["--device", "cuda"], capsys)
+    for main in (attention_memory.main, attention_speed.main):
+        assert "torch sees no GPU" in refuse(main, ["--device", "cuda"], capsys)
 
 
 def test_plot_without_matplotlib(monkeypatch, capsys):
@@ -88,13 +90,35 @@ def test_plot_of_an_unknown_kind(capsys):
         (["--crop", "96x"], "a crop is HEIGHTxWIDTH"),
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
         (["--json", "/no/such/folder/out.json"], "there is no folder"),
+        (["--sizes", "1x9216"], "--sizes has no meaning on device cpu"),
+        (["--plot", "x.png"], "--plot has no meaning on device cpu"),
     ],
 )
 def test_speed_options_that_make_no_sense(arguments, message, capsys):
-    assert message in refuse(attention_speed.main, arguments, capsys)
+    assert message in refuse(attention_speed.main, ["--device", "cpu", *arguments], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--crop", "768x768"], "--crop has no meaning on device cuda"),
+        (["--large"], "--large has no meaning on device cuda"),
+        (["--sizes", "9216"], "a size is BATCHxPOSITIONS, such as 8x9216; got '9216'"),
+        (["--sizes", "0x9216"], "got '0x9216'"),
+        (["--dtypes", "bf16", "int8"], "unknown dtype 'int8', expected one of fp32, bf16, fp16"),
+        (["--peers", "xformers"], "unknown peer 'xformers', expected one of eager, autocast"),
+    ],
+)
+def test_speed_options_that_make_no_sense_on_a_gpu(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert message in refuse(attention_speed.main, ["--device", "cuda", "--backend", "eager", *arguments], capsys)
 
 
 def test_crops():
+    sizes = {str(size): size.crop.spatial for size in POSITION_SIZES}
+    assert sizes["8x9216"] == (96, 96)
+    assert sizes["1x9409"] == (97, 97)
+    assert sizes["1x131072"] == (256, 512)
     assert parse_crop(" 1024 x 2048 ") == CROPS[-1]
     assert [crop.positions for crop in CROPS] == [4096, 9216, 16384, 32768]
 
@@ -216,19 +240,19 @@ def test_a_kernel_that_raises_is_a_failed_cell():
 
 def test_the_speed_table_refuses_a_wrong_kernel():
     case = Case(POSITION, "danet:eager", SMALL)
-    (row,) = attention_speed.attention_rows(
+    (row,) = cpu_speed.attention_rows(
         case, 1.4, 1, find=lambda op, name: drop_last_key if name == case.name else attention(op, name)
     )
     assert row.value is None
     assert row.met is None
-    assert "WRONG" in attention_speed.line(row)
+    assert "WRONG" in goals.line(row)
 
 
 def test_the_speed_table_compares_with_its_goals():
-    rows = attention_speed.attention_rows(Case(CHANNEL, "danet:eager", SMALL), 1e-6, 3)
+    rows = cpu_speed.attention_rows(Case(CHANNEL, "danet:eager", SMALL), 1e-6, 3)
     assert [row.met for row in rows] == [True]
     assert rows[0].value == sorted(rows[0].seconds["eager"])[1] / sorted(rows[0].seconds["ours"])[1]
-    assert attention_speed.Row("time", 2.0, " us", 1.0, at_least=False).met is False
+    assert goals.Row("time", 2.0, " us", 1.0, at_least=False).met is False
 
 
 def make_nothing():
@@ -260,6 +284,18 @@ def die(inputs):
 def test_peak_extra_memory_sees_scratch_and_output_but_not_inputs(make, call):
     measured = memory.peak_extra_memory(make, partial(call, 64), partial(use_scratch, 1, None))
     assert abs(measured - 64 * memory.MIB) < 3 * memory.MIB
+
+
+def hang(inputs):
+    memory.report_progress("still there")
+    time.sleep(60)
+
+
+def test_a_process_that_hangs_is_killed():
+    heard = []
+    with pytest.raises(memory.CaseFailed, match=r"reported nothing for 3 s and was killed"):
+        memory.run_isolated(hang, None, on_progress=heard.append, silence=3)
+    assert heard == ["still there"]
 
 
 def test_a_case_that_fails_or_dies():

@@ -13,10 +13,17 @@ from cases import (
     Problem,
     channel_cases,
     few_roundings,
-    for_each_backend,
     for_each_dtype,
     for_each_variant,
     name_of,
+)
+from on_backend import (
+    call,
+    for_each_backend,
+    for_each_case,
+    for_each_cpu_backend,
+    for_each_quick_backend,
+    on_tensor_cores,
 )
 from tolerance import HAS_LONG_DOUBLE, assert_follows_error_rule, yardsticks
 
@@ -39,16 +46,15 @@ def test_the_grid_is_as_large_as_promised():
         assert len({(c.B, c.C, c.N) for c in CASES if c.variant == variant}) >= 60
 
 
-@for_each_backend
-@pytest.mark.parametrize("case", CASES, ids=str)
+@for_each_case(CASES, channel_cases(triton=True))
 def test_error_rule(case, backend):
     if case.dtype == "fp64" and not HAS_LONG_DOUBLE:
         pytest.skip("fp64 needs a long double wider than double to be judged")
     problem, allowed = prepared(case)
-    assert_follows_error_rule(problem, problem.run(backend), allowed)
+    assert_follows_error_rule(problem, problem.run(backend), allowed, on_tensor_cores(backend))
 
 
-@for_each_backend
+@for_each_quick_backend
 @for_each_variant
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_real_size(dtype, variant, backend):
@@ -57,7 +63,7 @@ def test_real_size(dtype, variant, backend):
     problem = case.problem()
     x = problem.tensors["x"]
     x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).relu())
-    assert_follows_error_rule(problem, problem.run(backend), yardsticks(problem))
+    assert_follows_error_rule(problem, problem.run(backend), yardsticks(problem), on_tensor_cores(backend))
 
 
 @for_each_backend
@@ -67,7 +73,7 @@ def test_rows_of_the_map_sum_to_one(dtype, variant, backend):
     """Where all channels are equal at a position, so is the result there."""
     x = torch.randn(2, 130, 40).div(4).to(dtype)
     x[:, :, 7] = 0.75
-    out = danet_kernels.channel_attention(x, variant=variant, residual=False, backend=backend)
+    out = call(danet_kernels.channel_attention, x, variant=variant, residual=False, backend=backend)
     torch.testing.assert_close(out[:, :, 7], x[:, :, 7], rtol=few_roundings(dtype), atol=0)
 
 
@@ -81,9 +87,10 @@ def test_equal_energies_give_the_mean(dtype, features, variant, backend):
     x = problem.tensors["x"]
     problem.tensors["x"] = torch.zeros_like(x) if features == "zero" else x[:, :1].expand(x.shape).contiguous()
     results = problem.run(backend)
-    assert_follows_error_rule(problem, results, yardsticks(problem))
-    plain = danet_kernels.channel_attention(problem.tensors["x"], variant=variant, residual=False, backend=backend)
-    torch.testing.assert_close(plain, problem.tensors["x"], rtol=few_roundings(dtype), atol=0)
+    assert_follows_error_rule(problem, results, yardsticks(problem), on_tensor_cores(backend))
+    x = problem.tensors["x"]
+    plain = call(danet_kernels.channel_attention, x, variant=variant, residual=False, backend=backend)
+    torch.testing.assert_close(plain, x, rtol=few_roundings(dtype), atol=0)
 
 
 @for_each_backend
@@ -96,7 +103,7 @@ def test_huge_energies(dtype, variant, backend):
     x.copy_(torch.randint(-40, 41, x.shape, generator=torch.Generator().manual_seed(2)))
     x[:, 3] = 40
     assert (x[0].double() @ x[0].double().T).max() == 600 * 40**2
-    assert_follows_error_rule(problem, problem.run(backend), yardsticks(problem))
+    assert_follows_error_rule(problem, problem.run(backend), yardsticks(problem), on_tensor_cores(backend))
 
 
 @for_each_backend
@@ -107,18 +114,19 @@ def test_fp16_energies_beyond_fp16(variant, backend):
     x = problem.tensors["x"]
     x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).relu().mul(8))
     assert not evaluate(problem.reference, problem.tensors)["out"].isfinite().all()
-    assert_follows_error_rule(problem, problem.run(backend), yardsticks(problem))
+    assert_follows_error_rule(problem, problem.run(backend), yardsticks(problem), on_tensor_cores(backend))
 
 
 @for_each_backend
 @for_each_variant
 def test_batch_items_do_not_see_each_other(variant, backend):
     x = torch.randn(3, 130, 50) / 4
-    whole = danet_kernels.channel_attention(x, variant=variant, backend=backend)
-    torch.testing.assert_close(whole[1:2], danet_kernels.channel_attention(x[1:2], variant=variant, backend=backend))
+    whole = call(danet_kernels.channel_attention, x, variant=variant, backend=backend)
+    alone = call(danet_kernels.channel_attention, x[1:2], variant=variant, backend=backend)
+    torch.testing.assert_close(whole[1:2], alone)
 
 
-@for_each_backend
+@for_each_cpu_backend
 def test_the_order_of_positions_does_not_matter(backend):
     x, order = torch.randn(2, 9, 300, dtype=torch.float64) / 4, torch.randperm(300)
     shuffled = danet_kernels.channel_attention(x[:, :, order], backend=backend)
@@ -139,7 +147,7 @@ def test_empty(dtype, B, C, N, variant, backend):
     assert not results["dgamma"].any()
 
 
-@for_each_backend
+@for_each_cpu_backend
 @for_each_variant
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
 @pytest.mark.parametrize("gamma", [-0.5, None], ids=["gamma", "no_gamma"])
@@ -172,6 +180,6 @@ def test_any_number_of_spatial_dimensions(backend):
 def test_the_map_reproduces_the_output(variant, backend):
     x = torch.randn(2, 9, 20) / 2
     rows = danet_kernels.channel_attention_map(x, variant=variant)
-    out = danet_kernels.channel_attention(x, variant=variant, residual=False, backend=backend)
+    out = call(danet_kernels.channel_attention, x, variant=variant, residual=False, backend=backend)
     torch.testing.assert_close(rows @ x, out, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rows.sum(-1), torch.ones(2, 9))

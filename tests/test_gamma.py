@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from cases import ChannelCase, PositionCase, for_each_backend, for_each_dtype, for_each_variant, name_of
+from cases import ChannelCase, PositionCase, for_each_dtype, for_each_variant, name_of
+from on_backend import call, for_each_backend, on_tensor_cores
 from tolerance import assert_follows_error_rule, yardsticks
 
 import danet_kernels
@@ -24,7 +25,7 @@ def test_position_error_rule(dtype, gamma, backend):
     problem = PositionCase(2, 8, 20, 140, 130, name_of(dtype), gamma=gamma).problem()
     if dtype == torch.float16 and gamma == 1e4:  # the gradients would be beyond fp16
         problem.dout /= 1024
-    assert_follows_error_rule(problem, problem.run(backend), yardsticks(problem))
+    assert_follows_error_rule(problem, problem.run(backend), yardsticks(problem), on_tensor_cores(backend))
 
 
 @for_each_backend
@@ -35,7 +36,7 @@ def test_channel_error_rule(dtype, gamma, variant, backend):
     problem = ChannelCase(2, 140, 40, name_of(dtype), variant, gamma=gamma).problem()
     if dtype == torch.float16 and gamma == 1e4:
         problem.dout /= 1024
-    assert_follows_error_rule(problem, problem.run(backend), yardsticks(problem))
+    assert_follows_error_rule(problem, problem.run(backend), yardsticks(problem), on_tensor_cores(backend))
 
 
 @for_each_backend
@@ -98,7 +99,7 @@ def test_gamma_of_any_floating_dtype(dtype, gamma_dtype, backend):
         problem.tensors["gamma"] = problem.tensors["gamma"].to(gamma_dtype)
         results = problem.run(backend)
         assert results["dgamma"].dtype == gamma_dtype
-        assert_follows_error_rule(problem, results, yardsticks(problem))
+        assert_follows_error_rule(problem, results, yardsticks(problem), on_tensor_cores(backend))
 
 
 @for_each_backend
@@ -124,6 +125,6 @@ def test_gamma_as_a_number(dtype, backend):
         function = getattr(danet_kernels, problem.op)
         tensors = {name: tensor for name, tensor in problem.tensors.items() if name != "gamma"}
         expected = problem.run(backend)["out"]
-        assert torch.equal(function(**tensors, gamma=0.75, backend=backend), expected)
-        without = function(**tensors, backend=backend)
-        assert torch.equal(function(**tensors, gamma=1, backend=backend), without)
+        assert torch.equal(call(function, **tensors, gamma=0.75, backend=backend), expected)
+        without = call(function, **tensors, backend=backend)
+        assert torch.equal(call(function, **tensors, gamma=1, backend=backend), without)

@@ -5,14 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import danet_kernels
-from danet_kernels import _error_rule, info, selftest
-from danet_kernels.backends import eager
+from danet_kernels import _error_rule, info, proven, selftest
+from danet_kernels.backends import BACKENDS, eager
 
 PACKAGE = Path(danet_kernels.__file__).resolve().parent
 NO_COMPILER = "no C++ compiler: neither c++, g++ nor clang++ is on PATH, and CXX is not set"
@@ -53,7 +55,15 @@ def test_info_tells_what_runs():
     assert facts["versions"]["danet_kernels"] == danet_kernels.__version__
     assert facts["backends"]["requested"] == facts["environment"]["DANET_KERNELS_BACKEND"] == "eager"
     for op in ("position_attention", "channel_attention"):
-        assert facts["backends"][op]["cpu"] == danet_kernels.available_backends(op)
+        runs = facts["backends"][op]["cpu"]
+        assert list(runs) == list(danet_kernels.available_backends(op))
+        assert runs["native"] == danet_kernels.available_backends(op)["native"]
+        assert runs["eager"] == []
+        assert facts["proven"][op]["cpu"] == {
+            "native": "proven by the tests of this project",
+            "triton": 'for GPUs: never taken by "auto" here',
+            "eager": "proven by the tests of this project",
+        }
     loaded = not danet_kernels.available_backends("position_attention")["native"]
     assert facts["libraries"]["cpu"]["loaded"] == loaded
     assert facts["threads"]["torch"] >= 1
@@ -64,6 +74,7 @@ def test_info_text_is_the_same_facts_aligned():
     lines = [line for line in text.splitlines() if line.startswith("  ")]
     assert f"  torch  {torch.__version__}".split() in [line.split() for line in lines]
     assert ["channel_attention", "cpu", "eager", "runs"] in [line.split() for line in lines]
+    assert 'position_attention cpu triton for GPUs: never taken by "auto" here' in [" ".join(x.split()) for x in lines]
     values = {line.rindex("  ") + 2 for line in lines if line.split()[0] in ("torch", "order", "machine")}
     assert len(values) == 1, f"values do not start in one column:\n{text}"
 
@@ -91,6 +102,33 @@ def test_info_shows_the_error_of_the_loader(pure_python):
     assert "_danet_cpu.so" in library["reason"]
 
 
+def test_info_tells_what_a_gpu_is_proven_for(monkeypatch):
+    """On a stand-in for a GPU: what no test may do is to run the kernels."""
+    monkeypatch.setattr(info, "_devices", lambda: ("cuda",))
+    monkeypatch.setattr(proven, "family", lambda device: "sm_89")
+    monkeypatch.setattr(proven, "_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(proven, "_entry", lambda *kernels: {"evidence": "record.json", "date": "2026-12-01"})
+    words = info.collect()["proven"]["channel_attention"]["cuda"]
+    assert words["triton"] == "proven on sm_89: record.json, 2026-12-01"
+    monkeypatch.setattr(proven, "_entry", lambda *kernels: None)
+    faults = {"float32": "", "bfloat16": None, "float16": "too wrong"}
+    monkeypatch.setattr(proven, "_recall", lambda conditions: faults[conditions["dtype"]])
+    words = info.collect()["proven"]["channel_attention"]["cuda"]
+    assert words["triton"] == "self-check passed in float32; self-check failed in float16: too wrong"
+    faults |= {"float32": None, "float16": None}
+    words = info.collect()["proven"]["channel_attention"]["cuda"]
+    assert words["triton"] == 'unproven on sm_89: "auto" checks it at the first call'
+
+
+def test_info_names_the_family_of_a_gpu(monkeypatch):
+    properties = SimpleNamespace(name="Some GPU", major=8, minor=9, total_memory=2**34)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    (gpu,) = info._gpus()["devices"]
+    assert (gpu["name"], gpu["capability"], gpu["family"]) == ("Some GPU", "8.9", "sm_89")
+
+
 def test_info_survives_a_fact_that_cannot_be_found_out(monkeypatch, capsys):
     def broken():
         raise RuntimeError("no such thing")
@@ -108,21 +146,47 @@ def test_info_survives_a_fact_that_cannot_be_found_out(monkeypatch, capsys):
 
 @pytest.fixture
 def few_cases(monkeypatch):
-    """The self-test on three cases per operator."""
+    """The self-test on three cases per operator, without the Triton kernels, which are slow in the interpreter."""
+    monkeypatch.delitem(BACKENDS, "triton")
     few = {op: (cases[1], cases[3], cases[5]) for op, cases in selftest.CASES.items()}
     monkeypatch.setattr(selftest, "CASES", few)
 
 
 def test_selftest_passes_in_time():
-    printed = run_module("selftest")
+    printed = run_module("selftest", TRITON_INTERPRET="0")
     assert ", 0 wrong" in printed
     for op, results in {"position_attention": 6, "channel_attention": 3}.items():
         for backend, reasons in danet_kernels.available_backends(op).items():
             assert f"{op} on cpu, {backend}" in printed
-            assert bool(reasons) == (f"{op} on cpu, {backend}: does not run" in printed)
-        runs = sum(not reasons for reasons in danet_kernels.available_backends(op).values())
+            if backend != "triton":
+                assert bool(reasons) == (f"{op} on cpu, {backend}: does not run" in printed)
+        runs = sum(not danet_kernels.available_backends(op)[name] for name in ("native", "eager"))
         blocks = [block for block in printed.split("\n\n") if block.startswith(f"{op} on cpu") and "fp64" in block]
         assert [len(block.splitlines()) for block in blocks] == [1 + results] * runs
+
+
+needs_interpreter = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+@needs_interpreter
+def test_selftest_interprets_the_triton_kernels_if_asked_to(monkeypatch, capsys):
+    """In a quarter of the cases, all dtypes but those that the interpreter cannot do."""
+    monkeypatch.setattr(selftest, "CASES", {op: cases[:2] for op, cases in selftest.CASES.items()})
+    monkeypatch.setattr(selftest, "INTERPRETED", 1)
+    monkeypatch.setattr(BACKENDS["triton"], "INTERPRETED", True)
+    assert selftest.main([]) == 0
+    printed = capsys.readouterr().out
+    for op, results in {"position_attention": 6, "channel_attention": 3}.items():
+        (table,) = [block for block in printed.split("\n\n") if block.startswith(f"{op} on cpu, triton  ")]
+        rows = [line.split() for line in table.splitlines()[1:]]
+        assert len(rows) == results
+        assert all(row[2] == "/" and row[4] == "-" and row[-1] == "-" for row in rows)  # fp32, bf16, fp64
+        refusals = [line for line in printed.splitlines() if line.startswith(f"{op} on cpu, triton: does not run: ")]
+        assert [line.partition("run: ")[2] for line in refusals] == [
+            "bf16 is wrong in Triton's interpreter, which multiplies the bits of the numbers",
+            "fp64 has no Triton kernels",
+            "only the first 1 cases, as Triton's interpreter is slow",
+        ]
 
 
 def test_selftest_says_why_a_backend_does_not_run(pure_python):

@@ -9,15 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from on_backend import device_of, for_each_backend, for_each_cpu_backend
 
 import danet_kernels
-from danet_kernels import available_backends, channel_attention, position_attention
-
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(bool(reasons), reason="; ".join(reasons)))
-    for name, reasons in available_backends("position_attention", torch.empty(1)).items()
-]
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+from danet_kernels import channel_attention, position_attention
 
 SCRIPT = """
 import sys
@@ -46,6 +41,7 @@ print(resident() - before)
 """
 
 
+@for_each_cpu_backend
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the resident set is read from Linux's /proc")
 def test_3000_calls_forward_and_backward_leave_nothing_behind(backend):
     """One result of every call, 18 KiB, would add up to 54 MiB."""
@@ -59,9 +55,11 @@ def test_3000_calls_forward_and_backward_leave_nothing_behind(backend):
     assert int(done.stdout) < 8 * 1024  # KiB
 
 
+@for_each_backend
 def test_results_die_with_their_names(backend):
     """Without the help of the cycle collector: no cycle runs through the autograd context."""
-    query, value = torch.randn(1, 8, 12, 12, requires_grad=True), torch.randn(1, 32, 12, 12, requires_grad=True)
+    device = device_of(backend)
+    query, value = (torch.randn(1, c, 12, 12, device=device, requires_grad=True) for c in (8, 32))
     gc.collect()
     gc.disable()
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from on_backend import for_each_cpu_backend
 from torch import Tensor
 
 from danet_kernels import available_backends, channel_attention, memory_estimate, position_attention
@@ -22,12 +23,8 @@ memory = pytest.importorskip("benchmarks.memory")
 
 MIB = 2**20
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(bool(reasons), reason="; ".join(reasons)))
-    for name, reasons in available_backends("position_attention", torch.empty(1)).items()
-]
 native_only = pytest.mark.skipif(
-    bool(reasons := available_backends("position_attention", torch.empty(1))["native"]), reason="; ".join(reasons)
+    bool(reasons := available_backends("position_attention")["native"]), reason="; ".join(reasons)
 )
 
 
@@ -163,7 +160,7 @@ POSITION_CASES = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@for_each_cpu_backend
 @pytest.mark.parametrize("case", POSITION_CASES)
 def test_estimate_of_position_attention(case, backend):
     channels, d, keys = (256, 32, 4608) if backend == "native" else (64, 16, 3072)
@@ -185,7 +182,7 @@ def test_estimate_of_position_attention(case, backend):
     assert_close(measured, estimate)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@for_each_cpu_backend
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_estimate_of_channel_attention(dtype, training, backend):
@@ -200,7 +197,7 @@ def assert_close(measured: int, estimate) -> None:
     assert difference <= 0.15 * measured + 4 * MIB, f"measured {measured / MIB:.1f} MiB\n{estimate}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@for_each_cpu_backend
 @pytest.mark.parametrize("op", ["position_attention", "channel_attention"])
 def test_the_items_are_the_estimate(op, backend):
     estimate = memory_estimate(op, (2, 64, 33, 17), torch.float16, training=True, backend=backend)

@@ -8,27 +8,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from on_backend import INTERPRETED, device_of, for_each_backend, for_each_cpu_backend
 
 import danet_kernels
-from danet_kernels import available_backends, channel_attention, position_attention
+from danet_kernels import channel_attention, position_attention
 
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(bool(reasons), reason="; ".join(reasons)))
-    for name, reasons in available_backends("position_attention", torch.empty(1)).items()
-]
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = pytest.mark.usefixtures("deterministic")
 
 
-def step(backend: str, seed: int, size: int = 24) -> list[torch.Tensor]:
+def size_of_map(backend: str) -> int:
+    """Height and width; interpreted kernels run one after the other anyway."""
+    return 6 if backend == "triton" and INTERPRETED else 24
+
+
+def step(backend: str, seed: int) -> list[torch.Tensor]:
     """Forward and backward of both operators: the result and all gradients."""
+    size = size_of_map(backend)
     generator = torch.Generator().manual_seed(seed)
-    query, value = (torch.randn(1, c, size, size, generator=generator).requires_grad_() for c in (8, 40))
-    gamma = torch.tensor([0.5], requires_grad=True)
+    shapes = ((1, 8, size, size), (1, 40, size, size))
+    query, value = (torch.randn(shape, generator=generator).to(device_of(backend)).requires_grad_() for shape in shapes)
+    gamma = torch.tensor([0.5], device=value.device, requires_grad=True)
     out = position_attention(query, query, value, value, gamma, backend=backend)
     out = channel_attention(out, gamma, backend=backend)
     return [out.detach(), *torch.autograd.grad(out.square().mean(), (query, value, gamma))]
 
 
+@for_each_backend
 def test_four_threads_get_the_bits_of_one(backend):
     expected = [step(backend, seed) for seed in range(8)]
     with ThreadPoolExecutor(4) as pool:
@@ -37,6 +42,7 @@ def test_four_threads_get_the_bits_of_one(backend):
                 assert all(map(torch.equal, got, wanted))
 
 
+@for_each_backend
 def test_an_error_in_one_thread_leaves_the_others_alone(backend):
     expected = step(backend, 0)
 
@@ -51,9 +57,11 @@ def test_an_error_in_one_thread_leaves_the_others_alone(backend):
         assert all(pool.map(work, range(16)))
 
 
+@for_each_backend
 def test_modes_belong_to_their_thread(backend):
     """Autograd and inference mode are thread-local; a worker that another thread's call has used must not keep them."""
-    value = torch.randn(1, 40, 24, 24, requires_grad=True)
+    size = size_of_map(backend)
+    value = torch.randn(1, 40, size, size, device=device_of(backend), requires_grad=True)
 
     def work(index: int) -> bool:
         with torch.inference_mode(index % 2 == 1):
@@ -124,6 +132,7 @@ def run(tmp_path: Path, script: str, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+@for_each_cpu_backend
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this platform")
 @pytest.mark.parametrize("first", ["parent_first", "workers_first"])
 def test_forked_data_loader_workers(first, tmp_path, backend):
@@ -131,10 +140,12 @@ def test_forked_data_loader_workers(first, tmp_path, backend):
     assert run(tmp_path, DATA_LOADER, backend, "fork", first) == "equal"
 
 
+@for_each_cpu_backend
 def test_spawned_data_loader_workers(tmp_path, backend):
     assert run(tmp_path, DATA_LOADER, backend, "spawn", "parent_first") == "equal"
 
 
+@for_each_cpu_backend
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this platform")
 def test_a_forked_child_with_one_thread(tmp_path, backend):
     assert run(tmp_path, PLAIN_FORK, backend) == "equal"

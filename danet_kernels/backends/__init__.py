@@ -9,6 +9,9 @@ one contract, so that autograd is written once (ops.py) and any backend can run 
     channel_attention_backward(dout, x, gamma, row_max, row_sum, variant, residual, needs) -> dx, dgamma
 
 `needs` is one bool per gradient; a gradient that is not needed comes back as an empty tensor, and so does attn.
+
+A backend whose kernels are compiled for the user's GPU also has `source_hash(op)`: "auto" takes it only where these
+kernels are proven (proven.py).
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import eager, native
+from .. import proven
+from . import eager, native, triton
 
-BACKENDS: dict[str, ModuleType] = {"native": native, "eager": eager}
+BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "eager": eager}
 """By name, in the order in which "auto" tries them."""
 
 OPS = ("position_attention", "channel_attention")
@@ -56,6 +60,7 @@ def available_backends(op: str, *inputs: Tensor | None) -> dict[str, list[str]]:
 
     op: "position_attention" (inputs: query, key, value, residual, gamma; the last two may be left out) or
     "channel_attention" (inputs: x, gamma). Without inputs: whether the backend runs `op` at all on this machine.
+    Of those that can, "auto" takes only one whose kernels are proven (`python -m danet_kernels.info` shows which).
     Raises ValueError for an unknown op.
     """
     if op not in OPS:
@@ -101,7 +106,12 @@ def choose(name: str, op: str, *inputs: Tensor) -> ModuleType:
     for candidate, backend in BACKENDS.items():
         reasons = backend.why_not(op, *inputs)
         if not reasons:
-            return eager if _empty(inputs) else backend
+            if _empty(inputs):
+                return eager
+            if "source_hash" in vars(backend):
+                reasons = proven.why_not(backend, op, inputs[0])
+            if not reasons:
+                return backend
         refused[candidate] = reasons
     raise NotImplementedError(
         f"{op}: no backend can run on these inputs: "
@@ -111,4 +121,4 @@ def choose(name: str, op: str, *inputs: Tensor) -> ModuleType:
 
 def _empty(inputs: tuple[Tensor, ...]) -> bool:
     """Whether the map has no entries. Then there is nothing to fuse: the definition serves, kernels need not know."""
-    return any([tensor.numel() == 0 for tensor in inputs])  # noqa: C419  (half the time of a generator)
+    return 0 in [tensor.numel() for tensor in inputs]  # half the time of a generator

@@ -1,0 +1,149 @@
+"""Triton kernels for NVIDIA GPUs from Ampere on; in Triton's interpreter they also run on CPU tensors.
+
+Importing this package imports neither triton nor the kernels: that happens when a call needs them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import cache, lru_cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import configs
+
+OLDEST_TRITON = (3, 6)
+OLDEST_ARCHITECTURE = 80
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+"""Whether kernels run in Triton's interpreter, on CPU tensors: triton reads the variable when kernels are defined."""
+
+TENSOR_CORES = True
+"""Operands of matrix products are rounded for the tensor cores; _error_rule.py says what that allows."""
+
+_SHARED_SOURCES = ("configs.py", "launch.py", "operands.py", "tiles.py")
+
+
+def why_not(op: str, *inputs: Tensor) -> list[str]:
+    """Reasons why the Triton kernels cannot run `op` on these inputs."""
+    missing = _missing()
+    reasons = [] if missing is None else [missing]
+    if not inputs:
+        if not torch.cuda.is_available() and not INTERPRETED:
+            reasons.append("there is no CUDA device")
+        return reasons
+    first = inputs[0]
+    reasons += _device_reasons(first.device)
+    if first.dtype == torch.float64:
+        reasons.append("fp64 has no Triton kernels")
+    if op == "position_attention":
+        D = first.shape[1]
+        most = configs.FP32_LARGEST_D if first.dtype == torch.float32 else configs.LARGEST_D
+        if most < D:
+            name = str(first.dtype).removeprefix("torch.")
+            reasons.append(f"query and key may have at most {most} channels in {name}, got {D}")
+    return reasons
+
+
+def source_hash(op: str) -> str:
+    """Hash of the sources of the kernels of `op` and of what decides how they are launched."""
+    directory = Path(__file__).parent
+    sources = [*_SHARED_SOURCES, *(path.name for path in directory.glob(f"{op}*.py"))]
+    digest = hashlib.sha256()
+    for name in sorted(sources):
+        digest.update(name.encode() + b"\0" + (directory / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def position_attention_forward(
+    query: Tensor,  # [B, D, M]
+    key: Tensor,  # [B, D, N]
+    value: Tensor,  # [B, C, N]
+    residual: Tensor | None,  # [B, C, M]
+    gamma: Tensor | None,
+    scale: float,
+    needs_attn: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, C, M], attn [B, C, M] or [0], lse [B, M]."""
+    from . import position_attention
+
+    return position_attention.position_attention_forward(query, key, value, residual, gamma, scale, needs_attn)
+
+
+def position_attention_backward(
+    dout: Tensor,  # [B, C, M]
+    query: Tensor,  # [B, D, M]
+    key: Tensor,  # [B, D, N]
+    value: Tensor,  # [B, C, N]
+    attn: Tensor,  # [B, C, M]
+    lse: Tensor,  # [B, M]
+    gamma: Tensor | None,
+    scale: float,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dquery [B, D, M], dkey [B, D, N], dvalue [B, C, N], dgamma like gamma; [0] for what is not needed."""
+    from . import position_attention
+
+    return position_attention.position_attention_backward(dout, query, key, value, attn, lse, gamma, scale, needs)
+
+
+def channel_attention_forward(
+    x: Tensor,  # [B, C, N]
+    gamma: Tensor | None,
+    variant: str,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, C, N], row_max [B, C] and row_sum [B, C] of the softmax over the signed Gram matrix."""
+    from . import channel_attention
+
+    return channel_attention.channel_attention_forward(x, gamma, variant, residual)
+
+
+def channel_attention_backward(
+    dout: Tensor,  # [B, C, N]
+    x: Tensor,  # [B, C, N]
+    gamma: Tensor | None,
+    row_max: Tensor,  # [B, C]
+    row_sum: Tensor,  # [B, C]
+    variant: str,
+    residual: bool,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """dx [B, C, N], dgamma like gamma; [0] for what is not needed."""
+    from . import channel_attention
+
+    return channel_attention.channel_attention_backward(dout, x, gamma, row_max, row_sum, variant, residual, needs)
+
+
+@lru_cache(maxsize=1)
+def _missing() -> str | None:
+    """The reason if this installation has no Triton for NVIDIA GPUs."""
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm, the Triton kernels are for NVIDIA GPUs"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    version = metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton must be {'.'.join(map(str, OLDEST_TRITON))} or newer, this is {version}"
+    return None
+
+
+def _device_reasons(device: torch.device) -> list[str]:
+    if device.type == "cuda":
+        major, minor = _capability(device)
+        if 10 * major + minor < OLDEST_ARCHITECTURE:
+            return [f"the kernels need compute capability 8.0 (Ampere) or newer, this GPU has {major}.{minor}"]
+        return []
+    if device.type == "cpu" and INTERPRETED:
+        return []
+    return [f"Triton kernels run on CUDA devices, not on {device.type}"]
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
