@@ -38,9 +38,10 @@ class Step:
 def steps(backend: str, *, full: bool, dry: bool) -> list[Step]:
     groups = dry_groups() if dry else gpu_speed.plan(backend) if full else quick_groups(backend)
     dtypes = ["fp32"] if dry else list(DTYPES)
-    jobs = gpu_checks.jobs(groups, dtypes, *([CHECK_CASES, selftest.CASES] if full else [CHECK_CASES]))
+    checks = gpu_checks.jobs([], dtypes, *([CHECK_CASES, selftest.CASES] if full else [CHECK_CASES]))
     found = [
-        Step("compile", "tests", partial(gpu_steps.compile_kernels, jobs[:: 4 if dry else 1])),
+        Step("compile", "tests", partial(gpu_steps.compile_kernels, gpu_checks.jobs(groups, dtypes))),
+        Step("compile checks", "tests", partial(gpu_steps.compile_kernels, checks[:: 4 if dry else 1])),
         Step("self-check", "tests", partial(gpu_steps.self_check, dtypes)),
     ]
     for name, arguments in _tests(backend, full, dry).items():

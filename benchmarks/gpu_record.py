@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -73,11 +74,13 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors, on a machine that may be busy
     mode = ("full" if options.full else "quick") + (", dry run" if options.dry_run else "")
     # Before any process is started that inherits it. A cache for these sources alone tells how many kernels they make.
-    sources = "-".join(gpu_checks.source_hashes(options.backend).values())
-    os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "gpu_record" / f"{mode}-{sources}"))
+    cache = ROOT / "build" / "gpu_record" / "-".join((mode, *gpu_checks.source_hashes(options.backend).values()))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache))
     environment = memory.run_isolated(gpu_checks.facts, options.backend, "cpu" if options.dry_run else "cuda")
     steps = gpu_plan.steps(options.backend, full=options.full, dry=options.dry_run)
     record = open_record(options.output, mode, environment, [step.name for step in steps])
+    if not record.content["steps"]:
+        shutil.rmtree(cache, ignore_errors=True)
     run = Run(record, options.backend, options.dry_run)
     print(f"{mode}: {environment['gpu']}, backend {options.backend}, {record.path}", flush=True)
     chosen = [step for step in steps if not options.part or step.part in (*options.part, "")]

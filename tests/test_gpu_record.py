@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
+import inspect
 import json
 import os
 import signal
@@ -146,7 +148,7 @@ def test_a_call_without_time_says_what_is_left(tmp_path, monkeypatch, capsys):
     assert status == gpu_record.UNFINISHED
     out = capsys.readouterr().out
     assert "no time is left for: compile" in out
-    assert "9 steps are left: run the same command again." in out
+    assert "10 steps are left: run the same command again." in out
     assert "not complete" in the_record(tmp_path).with_suffix(".md").read_text()
 
 
@@ -212,9 +214,48 @@ def test_steps_have_names_of_their_own_and_the_proof_is_last(full):
     steps = gpu_plan.steps("triton", full=full, dry=False)
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
-    assert names[:2] == ["compile", "self-check"]
+    assert names[:3] == ["compile", "compile checks", "self-check"]
     assert names[-1] == "proof"
     assert {step.part for step in steps} == ({"tests", "speed", ""} | ({"sanitizers"} if full else set()))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here, which the record counts")
+def test_the_race_compiles_few_kernels(monkeypatch):
+    """Every version of a kernel that a quick record asks for on an H200, at small sizes with the remainders of the real.
+
+    A version is what Triton compiles anew: constants, dtypes, and whether an integer or an address divides by 16.
+    """
+    from triton.runtime import interpreter
+
+    from danet_kernels.backends.triton import launch
+
+    versions = set()
+
+    def trait(value):
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.data_ptr() % 16 == 0
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value == 1, value % 16 == 0
+        return getattr(value, "block_shape", None) or (type(value), value)
+
+    def count(self, *arguments, grid, warmup, **options):
+        bound = inspect.signature(self.fn).bind(*arguments, **{k: v for k, v in options.items() if k in self.arg_names})
+        fixed = {name for name, kind in self.fn.__annotations__.items() if "constexpr" in str(kind)}
+        fixed = {name: value for name, value in bound.arguments.items() if name in fixed}
+        free = {name: trait(value) for name, value in bound.arguments.items() if name not in fixed}
+        versions.add((self.fn.__name__, str(fixed), str(free), options.get("num_warps"), options.get("num_stages")))
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", count)
+    monkeypatch.setattr(launch, "_INTERPRETED_MULTIPROCESSORS", 132)
+    for group in gpu_plan.quick_groups("triton"):
+        small = Size(group.size.batch, 289 if group.size.positions % 16 else 1024)
+        names = tuple(name for name in group.names if name.startswith("danet:"))
+        jobs = gpu_checks.jobs([replace(group, size=small, names=names, device="cpu")], [])
+        assert gpu_checks.run_jobs("triton", "cpu", jobs) == []
+    kernels = {name for name, *_ in versions}
+    assert {"position_attention_forward_kernel", "channel_attention_gram_kernel"} <= kernels
+    assert len(kernels) < len(versions) <= gpu_page.MOST_KERNELS
 
 
 def test_the_core_of_the_tests_exists():
