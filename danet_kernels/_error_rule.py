@@ -225,7 +225,7 @@ def _shuffled(
 
 def _reorder(name: str, tensor: Tensor, orders: Mapping[str, Tensor]) -> Tensor:
     for dim, axis in enumerate(_AXES.get(name, ""), start=1):
-        tensor = tensor.index_select(dim, orders[axis])
+        tensor = tensor.index_select(dim, orders[axis].to(tensor.device))
     return tensor
 
 
