@@ -40,7 +40,7 @@ class FakeClock:
     def peak(self, call: Callable[[], Any]) -> int:
         return sum(tensor.nbytes for tensor in call())
 
-    def prepare(self, call: Callable[[], Any]) -> Timed:
+    def prepare(self, call: Callable[[], Any], peak: int = 0) -> Timed:
         global _capturing
         _capturing = True
         try:

@@ -135,11 +135,11 @@ def _prepare(cell: Cell, peer: Peer, problem: Problem, clock: GpuClock | FakeClo
     if cell.status:
         return {}
     cell.peak_extra_bytes = clock.peak(whole)
-    calls = {"whole": clock.prepare(whole)}
+    calls = {"whole": clock.prepare(whole, cell.peak_extra_bytes)}
     _check_replay(calls["whole"], out)
     core = problem.core(peer, train)
     if core is not None:
-        calls["core"] = clock.prepare(core)
+        calls["core"] = clock.prepare(core, cell.peak_extra_bytes)
     for call in calls.values():
         call.result = None  # the memory of one graph is free for the next
     return calls

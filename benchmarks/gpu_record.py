@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{mode}: {environment['gpu']}, backend {options.backend}, {record.path}", flush=True)
     chosen = [step for step in steps if not options.part or step.part in (*options.part, "")]
     go_on(run, chosen, options.budget, start)
-    record.content["complete"] = all(name in record.content["steps"] for name in record.content["plan"])
+    record.content["complete"] = not left_over(record)
     record.content["seconds"].append(round(time.perf_counter() - start, 1))
     record.save()
     page = record.path.with_suffix(".md")
@@ -97,10 +97,11 @@ def go_on(run: Run, steps: list[Step], budget: float, start: float) -> None:
     """Run the steps that are not done; stop where the time ends."""
     done = run.record.content["steps"]
     for step in steps:
-        if step.name in done and step.name != "proof":
+        last = step.name == "proof"  # takes no time; asked again in each call, once all the rest is there
+        if left_over(run.record) if last else step.name in done:
             continue
         elapsed = time.perf_counter() - start
-        if elapsed + step.least > budget + GRACE or elapsed > budget:
+        if not last and (elapsed + step.least > budget + GRACE or elapsed > budget):
             print(f"{elapsed:5.0f} s  no time is left for: {step.name}")
             return
         print(f"{elapsed:5.0f} s  {step.name}", end="", flush=True)
@@ -114,10 +115,15 @@ def go_on(run: Run, steps: list[Step], budget: float, start: float) -> None:
         print(f": {result['status']}", flush=True)
 
 
+def left_over(record: RecordFile) -> list[str]:
+    """The steps that are to be run, the proof aside, which follows from the others."""
+    return [name for name in record.content["plan"] if name not in (*record.content["steps"], "proof")]
+
+
 def close(record: RecordFile, steps: list[Step], page: Path) -> int:
     """Last words, and the exit status: 0 if nothing failed, 1 if something did, 3 if there is more to run."""
     done = record.content["steps"]
-    left = [step.name for step in steps if step.name not in done]
+    left = [step.name for step in steps if step.name in left_over(record)]
     failed = [name for name, step in done.items() if step["status"] == "failed"]
     print(f"\n{gpu_page.summary(record)}\n{page}")
     if failed:

@@ -237,6 +237,8 @@ def test_what_cannot_be_captured_is_timed_as_it_is(clock):
     assert timed.how == "events: RuntimeError: operation not permitted when stream is capturing"
     assert timed.run is call
     assert timed.result is None
+    assert clock.prepare(call, 64 * 2**30).how == "events: a graph would keep 64 GiB from the others"
+    assert LOG == ["no capture", "capture", "no capture"]
 
 
 def test_memory_and_ceilings(clock):

@@ -148,8 +148,34 @@ def test_a_call_without_time_says_what_is_left(tmp_path, monkeypatch, capsys):
     assert status == gpu_record.UNFINISHED
     out = capsys.readouterr().out
     assert "no time is left for: compile" in out
-    assert "10 steps are left: run the same command again." in out
+    assert "9 steps are left: run the same command again." in out
     assert "not complete" in the_record(tmp_path).with_suffix(".md").read_text()
+
+
+def test_proof_waits_for_every_part(tmp_path, capsys):
+    run = make_run(tmp_path, ["compile", "race", "proof"])
+    taken = []
+
+    def step(name: str, part: str) -> gpu_plan.Step:
+        return gpu_plan.Step(name, part, lambda run, left: taken.append(name) or gpu_steps.outcome(True), 0)
+
+    steps = [step("compile", "tests"), step("race", "speed"), step("proof", "")]
+    gpu_record.go_on(run, [steps[0], steps[2]], 60, time.perf_counter())
+    assert taken == ["compile"]
+    gpu_record.go_on(run, steps, 60, time.perf_counter())
+    gpu_record.go_on(run, steps, 0, time.perf_counter())
+    assert taken == ["compile", "race", "proof", "proof"]
+
+
+def test_a_step_that_is_cut_is_not_done(tmp_path, capsys):
+    run = make_run(tmp_path)
+
+    def cut(run, left):
+        raise gpu_steps.Cut
+
+    gpu_record.go_on(run, [gpu_plan.Step("compile", "tests", cut, 0)], 60, time.perf_counter())
+    assert run.record.content["steps"] == {}
+    assert "compile: cut off, to be run again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -222,7 +248,7 @@ def test_steps_have_names_of_their_own_and_the_proof_is_last(full):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here, which the record counts")
 def test_the_race_compiles_few_kernels(monkeypatch):
-    """Every version of a kernel that a quick record asks for on an H200, at small sizes with the remainders of the real.
+    """The versions of the kernels that a quick record asks for on an H200, at small sizes with the real remainders.
 
     A version is what Triton compiles anew: constants, dtypes, and whether an integer or an address divides by 16.
     """

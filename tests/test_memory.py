@@ -197,13 +197,14 @@ def assert_close(measured: int, estimate) -> None:
     assert difference <= 0.15 * measured + 4 * MIB, f"measured {measured / MIB:.1f} MiB\n{estimate}"
 
 
-@for_each_cpu_backend
+@pytest.mark.parametrize("backend", ["auto", "triton", "eager"])
 @pytest.mark.parametrize("op", ["position_attention", "channel_attention"])
 def test_the_items_are_the_estimate(op, backend):
     estimate = memory_estimate(op, (2, 64, 33, 17), torch.float16, training=True, backend=backend)
     assert sum(estimate.items.values()) == estimate.total == int(estimate) > 0
     text = str(estimate)
-    assert all(name in text for name in (op, backend, *estimate.items))
+    assert all(name in text for name in (op, estimate.backend, *estimate.items))
+    assert backend in ("auto", estimate.backend)
     with pytest.raises(FrozenInstanceError):
         estimate.items = {}
 
@@ -218,3 +219,42 @@ def test_the_estimate_of_training_holds_that_of_inference():
     )
     assert eager > 8 * 2**30  # two maps of 4 GiB
     assert native <= eager
+
+
+# ---- the estimate for GPUs
+
+
+def test_auto_on_a_gpu_takes_the_triton_kernels_where_there_are_some():
+    def chosen(op: str, dtype: torch.dtype, d: int | None = None, device: str = "cuda", backend: str = "auto") -> str:
+        shape = (1, 512, 97, 97)
+        return memory_estimate(op, shape, dtype, query_channels=d, device=device, backend=backend).backend
+
+    assert chosen("position_attention", torch.float16, 256) == chosen("channel_attention", torch.float32) == "triton"
+    assert chosen("position_attention", torch.float32, 128) == "triton"
+    assert (
+        chosen("position_attention", torch.bfloat16, 257) == chosen("position_attention", torch.float32, 129) == "eager"
+    )
+    assert chosen("channel_attention", torch.float64) == "eager"
+    assert chosen("channel_attention", torch.float32, device="cpu") in ("native", "eager")
+    assert chosen("channel_attention", torch.float32, backend="eager") == "eager"
+
+
+def test_training_with_the_triton_kernels_meets_its_budget():
+    """At 32768 positions in bf16, where the eager form needs 6 GiB."""
+    budget = memory_estimate("position_attention", (1, 512, 128, 256), torch.bfloat16, training=True, device="cuda")
+    assert budget.total < 190 * MIB
+    assert budget.items["packed copies"] == 0
+    # What a copy costs: query, key, value and dout, in rows that are longer by a few elements.
+    odd = memory_estimate("position_attention", (1, 512, 32767), torch.bfloat16, training=True, device="cuda")
+    assert odd.items["packed copies"] == 2 * 32768 * (64 + 64 + 512 + 512)
+
+
+def test_the_workspace_of_the_triton_kernels_is_bounded():
+    def workspace(op: str, batch: int, positions: int) -> int:
+        results = ("out", "lse", "attn", "gradients", "row statistics", "delta", "fp32 sums of dquery")
+        items = memory_estimate(op, (batch, 512, positions), torch.bfloat16, training=True, device="cuda").items
+        return sum(size for name, size in items.items() if not name.startswith(results))
+
+    for op in ("position_attention", "channel_attention"):
+        assert 0 < workspace(op, 1, 2**20) == workspace(op, 1, 2**14)
+        assert workspace(op, 65535, 64) <= 300 * MIB
