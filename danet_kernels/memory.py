@@ -13,13 +13,14 @@ from . import backends
 from ._checks import DTYPE_NAMES, DTYPES
 from ._layout import accumulator_dtype
 from .backends import native
+from .backends.triton import channel_attention_plan as plan
 from .backends.triton import configs
 from .proven import is_subject_to_proof
 
 _PROCESSORS = 132  # multiprocessors of a GPU that is not at hand: those of an H100
 _TILE = 128  # positions, or channels, of a tile of the Triton kernels
 _LARGEST_TILE = 128 * 256 * 4  # bytes of its fp32 sums
-_PART = 1 << 28  # bytes of channel attention's workspace from which on a batch goes in parts
+_ARCHITECTURE = 90  # of the same
 
 
 @dataclass(frozen=True)
@@ -181,14 +182,14 @@ def _triton_position_workspace(B: int, C: int, D: int, M: int, N: int, size: int
 
 def _triton_channel_workspace(B: int, C: int, N: int, size: int, training: bool) -> dict[str, int]:
     """What backends/triton/channel_attention.py allocates beside the results, for as many images as go at once."""
-    blocks, row = _whole_tiles(C) // _TILE, _whole_tiles(C)
-    tiles = blocks * (blocks + 1) // 2 + (blocks**2 if training else 0)  # of G above the diagonal, of H = dout x^T
-    matrices = C * row * (2 * 4 + size if training else 4)  # G; H and dG
-    images = min(B, max(1, _PART // (tiles * _TILE**2 * 4 + matrices)))
-    splits = max(1, _processors() // (images * tiles))
+    images = min(B, plan.images_at_once(C, size, training))
+    tiles = images * plan.tiles(C, training)
+    step = configs.channel_config("gram", _ARCHITECTURE, size).step
+    splits, _ = plan.splits(tiles, _processors(), N, step)
+    tile = plan.BLOCK**2 * 4
     return {
-        "partial sums of matrix products": images * tiles * splits * _TILE**2 * 4,
-        "C x C matrices": images * matrices,
+        "partial sums of matrix products": tiles * splits * tile,
+        "C x C matrices": images * plan.image_bytes(C, size, training) - tiles * tile,
         "packed copies": _packed(B * C, N, size) * (1 + training),  # x and dout
     }
 

@@ -117,6 +117,18 @@ def test_equal_keys_give_the_mean(dtype, backend):
 
 @for_each_backend
 @for_each_dtype
+def test_scale_zero_gives_the_mean(dtype, backend):
+    """Also with keys that do not fill their tile."""
+    for keys in (41, 128):
+        problem = PositionCase(2, 8, 12, 70, keys, name_of(dtype), scale=0.0).problem()
+        results = problem.run(backend)
+        assert_follows_error_rule(problem, results, yardsticks(problem), on_tensor_cores(backend))
+        assert not results["dquery"].any()
+        assert not results["dkey"].any()
+
+
+@for_each_backend
+@for_each_dtype
 def test_all_zero_features(dtype, backend):
     problem = PositionCase(1, 8, 16, 130, 70, name_of(dtype)).problem()
     problem.tensors["query"].zero_(), problem.tensors["key"].zero_()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from functools import cache, lru_cache
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 TENSOR_CORES = True
 """Operands of matrix products are rounded for the tensor cores; _error_rule.py says what that allows."""
 
-_SHARED_SOURCES = ("configs.py", "launch.py", "operands.py", "tiles.py")
+_SHARED_SOURCES = ("configs.py", "launch.py", "operands.py", "tiles.py", "tuning.py")
 
 
 def why_not(op: str, *inputs: Tensor) -> list[str]:
@@ -41,7 +43,7 @@ def why_not(op: str, *inputs: Tensor) -> list[str]:
     reasons += _device_reasons(first.device)
     if first.dtype == torch.float64:
         reasons.append("fp64 has no Triton kernels")
-    if op == "position_attention":
+    if op == "position_attention" and len(first.shape) > 1:
         D = first.shape[1]
         most = configs.FP32_LARGEST_D if first.dtype == torch.float32 else configs.LARGEST_D
         if most < D:
@@ -60,64 +62,12 @@ def source_hash(op: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def position_attention_forward(
-    query: Tensor,  # [B, D, M]
-    key: Tensor,  # [B, D, N]
-    value: Tensor,  # [B, C, N]
-    residual: Tensor | None,  # [B, C, M]
-    gamma: Tensor | None,
-    scale: float,
-    needs_attn: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, C, M], attn [B, C, M] or [0], lse [B, M]."""
-    from . import position_attention
-
-    return position_attention.position_attention_forward(query, key, value, residual, gamma, scale, needs_attn)
-
-
-def position_attention_backward(
-    dout: Tensor,  # [B, C, M]
-    query: Tensor,  # [B, D, M]
-    key: Tensor,  # [B, D, N]
-    value: Tensor,  # [B, C, N]
-    attn: Tensor,  # [B, C, M]
-    lse: Tensor,  # [B, M]
-    gamma: Tensor | None,
-    scale: float,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dquery [B, D, M], dkey [B, D, N], dvalue [B, C, N], dgamma like gamma; [0] for what is not needed."""
-    from . import position_attention
-
-    return position_attention.position_attention_backward(dout, query, key, value, attn, lse, gamma, scale, needs)
-
-
-def channel_attention_forward(
-    x: Tensor,  # [B, C, N]
-    gamma: Tensor | None,
-    variant: str,
-    residual: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, C, N], row_max [B, C] and row_sum [B, C] of the softmax over the signed Gram matrix."""
-    from . import channel_attention
-
-    return channel_attention.channel_attention_forward(x, gamma, variant, residual)
-
-
-def channel_attention_backward(
-    dout: Tensor,  # [B, C, N]
-    x: Tensor,  # [B, C, N]
-    gamma: Tensor | None,
-    row_max: Tensor,  # [B, C]
-    row_sum: Tensor,  # [B, C]
-    variant: str,
-    residual: bool,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:
-    """dx [B, C, N], dgamma like gamma; [0] for what is not needed."""
-    from . import channel_attention
-
-    return channel_attention.channel_attention_backward(dout, x, gamma, row_max, row_sum, variant, residual, needs)
+def __getattr__(name: str) -> Callable[..., Any]:
+    """The four functions of the contract, from the module of their op: imported, with triton, when one is called."""
+    op = name.removesuffix("_forward").removesuffix("_backward")
+    if op == name or op not in ("position_attention", "channel_attention"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{op}", __name__), name)
 
 
 @lru_cache(maxsize=1)

@@ -70,7 +70,6 @@ def _forward(
     )
     inner = "c" if channels_last else "n"
     constants = {
-        "NEGATIVE_SCALE": False,
         "MASKED": False,
         "BLOCK_M": config.rows,
         "BLOCK_N": config.columns,

@@ -115,7 +115,6 @@ def position_attention_dvalue_kernel(
         last_query = tl.where(strength == 0.0, first_query, last_query)
 
     # 2. The sum over the queries.
-    scale_log2 = scale * LOG2E
     k = load_tile(
         key, key_stride_b, key_stride_row, D, N, batch, 0, first_key, BLOCK_D, BLOCK_N, DESCRIPTOR, CHANNELS_LAST,
     )  # [BLOCK_D, BLOCK_N]  # fmt: skip
@@ -128,8 +127,8 @@ def position_attention_dvalue_kernel(
         )  # [BLOCK_D, BLOCK_M]  # fmt: skip
         s = tl.dot(tl.trans(k), q, input_precision=SCORE_PRECISION)  # [BLOCK_N, BLOCK_M]
         row = lse + tl.cast(batch, tl.int64) * M + first
-        lse_log2 = tl.load(row + offs_m, mask=offs_m < M - first, other=float("inf")) * LOG2E  # [BLOCK_M]
-        p = tl.exp2(s * scale_log2 - lse_log2[None, :])  # [BLOCK_N, BLOCK_M]
+        row_lse = tl.load(row + offs_m, mask=offs_m < M - first, other=float("inf"))  # [BLOCK_M]
+        p = tl.exp2((s * scale - row_lse[None, :]) * LOG2E)  # [BLOCK_N, BLOCK_M]
         g = load_tile(
             dout, dout_stride_b, dout_stride_row, C, M, batch, first_channel, first, BLOCK_C, BLOCK_M, DESCRIPTOR,
             CHANNELS_LAST,
@@ -256,7 +255,6 @@ def position_attention_dlogits_kernel(
     M = K if OWN_KEYS else L
 
     # 2. The sum over the other side, its dS one tile at a time.
-    scale_log2 = scale * LOG2E
     offs_l = tl.arange(0, BLOCK_L)
     offs_k = tl.arange(0, BLOCK_K)
     offs_d = tl.arange(0, BLOCK_D)
@@ -293,7 +291,7 @@ def position_attention_dlogits_kernel(
         else:
             row_lse = own_lse[:, None]
             row_delta = own_delta[:, None]
-        exponent = s * scale_log2 - row_lse * LOG2E  # [BLOCK_L, BLOCK_K]
+        exponent = (s * scale - row_lse) * LOG2E  # [BLOCK_L, BLOCK_K]
         p = tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL))
         ds = p * (dp - row_delta)  # [BLOCK_L, BLOCK_K]
         if magnify is not None:

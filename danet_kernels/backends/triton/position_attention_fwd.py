@@ -26,7 +26,7 @@ def position_attention_forward_kernel(
     partial_acc,  # [split tiles, splits, BLOCK_C, BLOCK_M] fp32 pointer
     partial_max,  # [split tiles, splits, BLOCK_M] fp32 pointer
     partial_sum,  # [split tiles, splits, BLOCK_M] fp32 pointer
-    scale,  # of the logits, >= 0
+    scale,  # of the logits
     C,
     D,
     M,
@@ -46,7 +46,6 @@ def position_attention_forward_kernel(
     whole_tiles,  # tiles that one program computes alone
     splits,  # programs that share each of the other tiles
     split_keys,  # keys of one such program, a multiple of BLOCK_N
-    NEGATIVE_SCALE: tl.constexpr,
     MASKED: tl.constexpr,  # N is no multiple of BLOCK_N
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -78,8 +77,8 @@ def position_attention_forward_kernel(
     first_query = tile % query_blocks * BLOCK_M
     first_channel = tile // query_blocks % channel_blocks * BLOCK_C
 
-    # 2. Online softmax over the keys, in base 2: p = exp2(s scale log2(e) - m).
-    scale_log2 = scale * LOG2E
+    # 2. Online softmax over the keys. The maximum is subtracted before the change to base 2: logits in the thousands
+    # would lose digits on the way there.
     q = load_tile(
         query, query_stride_b, query_stride_row, D, M, batch, 0, first_query, BLOCK_D, BLOCK_M, DESCRIPTOR,
         CHANNELS_LAST,
@@ -92,15 +91,14 @@ def position_attention_forward_kernel(
             key, key_stride_b, key_stride_row, D, N, batch, 0, first, BLOCK_D, BLOCK_N, DESCRIPTOR, CHANNELS_LAST,
         )  # [BLOCK_D, BLOCK_N]  # fmt: skip
         s = tl.dot(tl.trans(q), k, input_precision=SCORE_PRECISION)  # [BLOCK_M, BLOCK_N]
-        if NEGATIVE_SCALE:
-            s = -s
+        s = s * scale
         if MASKED:
             inside = (first + tl.arange(0, BLOCK_N) < N)[None, :]
             s = tl.where(inside, s, float("-inf"))
-        new_m = tl.maximum(m, tl.max(s, 1) * scale_log2)  # [BLOCK_M]
+        new_m = tl.maximum(m, tl.max(s, 1))  # [BLOCK_M]
         safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)  # no inf - inf before the first finite logit
-        p = tl.exp2(s * scale_log2 - safe_m[:, None])  # [BLOCK_M, BLOCK_N]
-        shrink = tl.exp2(m - safe_m)  # [BLOCK_M]
+        p = tl.exp2((s - safe_m[:, None]) * LOG2E)  # [BLOCK_M, BLOCK_N]
+        shrink = tl.exp2((m - safe_m) * LOG2E)  # [BLOCK_M]
         l = l * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
         v = load_tile(
@@ -130,7 +128,7 @@ def position_attention_forward_kernel(
 @triton.jit
 def write_tile(
     acc,  # [BLOCK_M, BLOCK_C] sums of p v
-    m,  # [BLOCK_M] max in base 2
+    m,  # [BLOCK_M] max of the logits
     l,  # [BLOCK_M] sum of p
     residual,
     gamma,
@@ -151,14 +149,14 @@ def write_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """attn = acc / l, out = gamma * attn + residual, lse = ln(sum_j exp(logit_j)) = (m + log2(l)) ln(2)."""
+    """attn = acc / l, out = gamma * attn + residual, lse = ln(sum_j exp(logit_j)) = m + ln(l)."""
     offs_m = tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_C)
     mask_m = offs_m < M - first_query
     mask = mask_m[:, None] & (offs_c < C - first_channel)[None, :]
     if first_channel == 0:
         # A row with a logit of +inf is NaN throughout, and so is its lse: l is NaN there.
-        tl.store(lse + tl.cast(batch, tl.int64) * M + first_query + offs_m, (m + tl.log2(l)) * LN2, mask=mask_m)
+        tl.store(lse + tl.cast(batch, tl.int64) * M + first_query + offs_m, m + tl.log2(l) * LN2, mask=mask_m)
     result = acc * (1.0 / l)[:, None]  # [BLOCK_M, BLOCK_C]
     offs_out = offs_m[:, None] * out_stride_n + offs_c[None, :] * out_stride_c
     if attn is not None:
@@ -225,8 +223,8 @@ def position_attention_merge_kernel(
         acc_part = tl.load(start + offs_c[None, :] * BLOCK_M + offs_m[:, None])  # [BLOCK_M, PART_C]
         new_m = tl.maximum(m, m_part)
         safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
-        shrink = tl.exp2(m - safe_m)  # [BLOCK_M]
-        shrink_part = tl.exp2(m_part - safe_m)  # [BLOCK_M]
+        shrink = tl.exp2((m - safe_m) * LOG2E)  # [BLOCK_M]
+        shrink_part = tl.exp2((m_part - safe_m) * LOG2E)  # [BLOCK_M]
         l = l * shrink + l_part * shrink_part
         acc = acc * shrink[:, None] + acc_part * shrink_part[:, None]  # [BLOCK_M, PART_C]
         m = new_m
