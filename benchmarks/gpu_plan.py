@@ -20,9 +20,6 @@ from danet_kernels._self_check import CASES as CHECK_CASES
 PARTS = ("tests", "sanitizers", "speed")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 COMPILED_PEERS_AT = (Size(1, 9216), Size(8, 9216), Size(1, 32768))  # in the quick record: Inductor takes its time
-# Each test of the error rule has to be compiled: in the quick record those whose tiles cross C and D, at real sizes,
-# and the most sensitive of the others.
-CORE = "C500 or D64-C512 or C384 or real_size or twenty_repeats or gamma_zero"
 QUICK_MARKS = "gpu and not slow and not large_memory"
 RACE_SECONDS = 45.0  # what the slowest group of a race may take
 
@@ -64,8 +61,8 @@ def _tests(backend: str, full: bool, dry: bool) -> dict[str, list[str]]:
     if full:
         files = [path.relative_to(ROOT) for path in sorted((ROOT / "tests").glob("test_*.py"))]
         return {file.stem: [str(file), "-k", backend] for file in files} | {"gpu": ["-m", "gpu"]}
-    files = [f"tests/test_{name}.py" for name in ("position_attention", "channel_attention", "determinism", "gamma")]
-    return {"core": [*files, "-k", f"{backend} and ({CORE})"], "gpu": ["-m", QUICK_MARKS]}
+    # Kernels would have to be compiled for all others: test_gpu.py takes those of the race and of the self-check.
+    return {"core": ["tests/test_gpu.py", "-m", QUICK_MARKS]}
 
 
 def quick_groups(backend: str) -> list[Group]:

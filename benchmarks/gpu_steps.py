@@ -148,7 +148,7 @@ def output_errors(run: Run, left: float) -> dict[str, Any]:
         run.record.content["errors"] = memory.run_isolated(gpu_checks.output_errors, *arguments, silence=SILENCE)
     except memory.CaseFailed as error:
         return outcome(False, str(error))
-    return outcome(True)
+    return outcome(True, kernels=compiled_kernels())  # the last step that compiles
 
 
 def _command(command: list[str], left: float, **environment: str) -> dict[str, Any]:

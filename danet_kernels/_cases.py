@@ -27,6 +27,8 @@ class Case:
     arrange: str = "contiguous"
     spread: float = 1.0  # standard deviation of the logits, or of x
     variant: str = "official"
+    gamma_rounded: bool = False  # to the dtype of the inputs, as `module.bfloat16()` does; else gamma is at least fp32
+    dtypes: tuple[torch.dtype, ...] | None = None  # those that it is for; None: any
 
     def make(self, dtype: torch.dtype, device: str, seed: int) -> tuple[dict[str, Tensor], Tensor, dict[str, Any]]:
         """The arguments by name, dout, and the options."""
@@ -48,7 +50,8 @@ class Case:
             inputs["x"] = normal(self.channels, self.positions, self.spread)
             options = {"variant": self.variant, "residual": self.residual}
         if self.gamma is not None:
-            inputs["gamma"] = torch.full((1,), self.gamma, dtype=accumulator_dtype(dtype), device=device)
+            gamma_dtype = dtype if self.gamma_rounded else accumulator_dtype(dtype)
+            inputs["gamma"] = torch.full((1,), self.gamma, dtype=gamma_dtype, device=device)
         dout = normal(self.channels, self.positions)
         if self.arrange == "expanded":  # as the gradient of a sum over the last dimension
             dout = dout[..., :1].expand_as(dout)
@@ -61,6 +64,10 @@ def _arrange(tensor: Tensor, how: str) -> Tensor:
         return _between(tensor.movedim(1, -1)).movedim(-1, 1)
     if how == "transposed":
         return _between(tensor.transpose(0, 1)).transpose(0, 1)
+    if how == "wider":  # rows of any length, part of longer ones; base and batch stride are aligned
+        B, C, *positions = tensor.shape
+        buffer = tensor.new_full([B + 2, (C + 15) // 16 * 16 + 32, *(size + 2 for size in positions)], torch.nan)
+        return buffer[(slice(1, B + 1), slice(16, 16 + C), *map(slice, positions))].copy_(tensor)
     if how == "cropped":
         buffer = tensor.new_full([size + 3 for size in tensor.shape], torch.nan)
         return buffer[tuple(slice(1, size + 1) for size in tensor.shape)].copy_(tensor)

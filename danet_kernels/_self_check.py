@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,23 +15,48 @@ from torch import Tensor
 from ._cases import Case
 from ._error_rule import DRAWS, MORE_DRAWS, Yardstick, judge, yardsticks
 
-# For each case Triton compiles its kernels anew, which takes longer than to run them: few cases, of many troubles each.
+_BF16, _FP16, _FP32 = (torch.bfloat16,), (torch.float16,), (torch.float32,)
+
+
+def _odd_positions(C: int, D: int, arrange: str, **more: Any) -> tuple[Case, ...]:
+    """No multiples of a tile: tiles in several parts, gamma = 0, and more tiles than a GPU takes in one round."""
+    return (
+        Case(1, C, (135,), (259,), D, spread=3.0, arrange=arrange, **more),
+        Case(2, C, (131,), (129,), D, gamma=0.0, arrange=arrange, **more),
+        Case(150, C, (21,), (25,), D, gamma=-0.5, arrange=arrange, **more),
+    )
+
+
+def _odd_channels(C: int, arrange: str, **more: Any) -> tuple[Case, ...]:
+    """Likewise, and more positions than one partial sum of the Gram matrix has."""
+    return (
+        Case(2, C, (137,), gamma=-0.5, spread=0.3, arrange=arrange, **more),
+        Case(2, C, (135,), gamma=0.0, spread=0.3, arrange=arrange, **more),
+        Case(1, C, (4129,), spread=0.15, arrange=arrange, **more),
+    )
+
+
+# Triton compiles a kernel anew for each dtype, layout and width of a tile, and for sizes and strides that are multiples
+# of 16 or are not, which takes longer than to run it. So cases share all of this, also with real sizes: C and D are no
+# whole tiles of those that 512 and 64 take. Between them the dtypes have each path through the code: 16 bits and fp32
+# in either layout, gamma in fp32 and rounded, both variants. On the first case of a dtype every kernel is run.
 CASES: dict[str, tuple[Case, ...]] = {
     "position_attention": (
-        Case(1, 257, (135,), (259,), 59, spread=3.0, arrange="cropped"),
-        Case(1, 264, (135,), (272,), 64, gamma=-0.5, arrange="channels_last"),
-        Case(2, 40, (131,), (129,), 59, gamma=0.0, arrange="cropped"),
-        # As many tiles as keep a GPU busy for more than one round.
-        Case(150, 32, (20,), (24,), 16, gamma=None, residual=False, arrange="expanded"),
+        Case(1, 272, (144,), (256,), 48, spread=3.0, gamma_rounded=True, dtypes=_BF16 + _FP32),
+        *_odd_positions(272, 48, "wider", gamma_rounded=True, dtypes=_BF16),
+        *_odd_positions(264, 56, "channels_last", dtypes=_FP16 + _FP32),
     ),
     "channel_attention": (
-        Case(2, 131, (137,), arrange="cropped", spread=0.5),
-        Case(1, 136, (279,), gamma=-0.5, residual=False, arrange="channels_last", spread=0.12, variant="paper"),
-        Case(2, 131, (135,), gamma=0.0, arrange="cropped", spread=0.5),
-        # More positions than one partial sum of the Gram matrix has.
-        Case(2, 40, (4128,), gamma=None, arrange="expanded", spread=0.2),
+        *_odd_channels(160, "wider", gamma_rounded=True, dtypes=_BF16),
+        *_odd_channels(144, "channels_last", dtypes=_FP16),
+        Case(2, 144, (144,), spread=0.3, dtypes=_FP32),
+        *_odd_channels(136, "channels_last", variant="paper", dtypes=_FP32),
     ),
 }
+
+
+def cases_for(op: str, dtype: torch.dtype) -> list[Case]:
+    return [case for case in CASES[op] if case.dtypes is None or dtype in case.dtypes]
 
 
 def self_check(backend: ModuleType, op: str, dtype: torch.dtype, device: torch.device) -> tuple[str, bool]:
@@ -61,9 +87,9 @@ def find_fault(backend: ModuleType, op: str, dtype: torch.dtype, device: torch.d
     The reference runs on the CPU: no setting of the GPU's libraries has a say there, and autograd needs no thread of
     the GPU, which may be the one that waits for us.
     """
-    for number, case in enumerate(CASES[op]):
+    for number, case in enumerate(cases_for(op, dtype)):
         inputs, dout, options = case.make(dtype, str(device), seed=number)
-        results = _results(backend, op, inputs, dout, options, every_kernel=number == 0)
+        results = results_of(backend, op, inputs, dout, options, every_kernel=number == 0)
         named = [(name, result.cpu()) for name, result in results]
         on_cpu = {name: tensor.cpu() for name, tensor in inputs.items()}
         for draws in (DRAWS, MORE_DRAWS):
@@ -84,7 +110,7 @@ def for_gpu(yardstick: Yardstick, dtype: torch.dtype) -> Yardstick:
     return replace(yardstick, factor=yardstick.factor * 2**11) if tf32 else yardstick
 
 
-def _results(
+def results_of(
     backend: ModuleType,
     op: str,
     inputs: dict[str, Tensor],

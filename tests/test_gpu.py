@@ -5,9 +5,12 @@ The tests of every backend run on the GPU as well where there is one (on_backend
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from cases import ChannelCase, PositionCase, Problem, channel_cases, position_cases
+from cases import DTYPES, ChannelCase, PositionCase, Problem, channel_cases, position_cases
 from on_backend import moved
 from tolerance import HAS_LONG_DOUBLE, assert_follows_error_rule, yardsticks
 
@@ -27,13 +30,28 @@ def missing() -> str:
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(missing()), reason=missing())]
 
+# All but the slow tests take their kernels from the race and from the self-check: tiles as wide, gamma rounded, sizes
+# that are multiples of 16 or are not. benchmarks/gpu_record.py --quick bounds how many are compiled; its test counts.
 CASES = {
-    "position-bf16": PositionCase(2, 64, 96, 300, 400, "bf16"),
-    "position-fp32": PositionCase(1, 64, 96, 300, 400, "fp32"),
-    "channel-bf16": ChannelCase(2, 200, 400, "bf16"),
-    "channel-fp32": ChannelCase(1, 200, 400, "fp32", "paper"),
+    "position_bf16": PositionCase(2, 48, 272, 304, 384, "bf16"),
+    "position_fp32": PositionCase(1, 48, 272, 304, 384, "fp32"),
+    "channel_bf16": ChannelCase(2, 144, 400, "bf16"),
+    "channel_fp32": ChannelCase(2, 144, 400, "fp32"),
 }
-for_each_problem = pytest.mark.parametrize("problem", [case.problem() for case in CASES.values()], ids=CASES)
+ODD_CASES = {
+    "position_odd_bf16": PositionCase(2, 48, 272, 301, 397, "bf16"),
+    "channel_odd_bf16": ChannelCase(2, 160, 397, "bf16"),
+}
+
+
+def rounded_gamma(case: PositionCase | ChannelCase) -> Problem:
+    problem = case.problem()
+    problem.tensors["gamma"] = problem.tensors["gamma"].to(DTYPES[case.dtype])
+    return problem
+
+
+PROBLEMS = {name: rounded_gamma(case) for name, case in (CASES | ODD_CASES).items()}
+for_each_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 
 
 def needs_memory(gib: float) -> None:
@@ -84,6 +102,30 @@ def test_memory_moves_with_all_that_lies_around_it():
     assert torch.equal(there.cpu(), part)
     around = torch.empty(0, device="cuda").set_(there.untyped_storage())
     assert int(around.isnan().sum()) == int(whole.isnan().sum())
+
+
+# ---- the core of the tests of every backend, on kernels that the quick record has
+
+
+@for_each_problem
+@pytest.mark.parametrize("gamma", [0.75, -0.5, 0.0])
+def test_error_rule(problem, gamma):
+    tensors = problem.tensors | {"gamma": torch.full_like(problem.tensors["gamma"], gamma)}
+    problem = Problem(problem.op, tensors, problem.dout, problem.options)
+    results = problem.run("triton")
+    assert_follows_error_rule(problem, results, yardsticks(problem), tensor_cores=True)
+    if gamma == 0.0:
+        x, dx = ("residual", "dresidual") if problem.op == "position_attention" else ("x", "dx")
+        assert_equal({"out": results["out"], dx: results[dx]}, {"out": tensors[x], dx: problem.dout})
+
+
+@for_each_problem
+def test_twenty_repeats(problem):
+    torch.use_deterministic_algorithms(True)
+    given = on_gpu(problem)
+    expected = training_step(problem, *given)
+    for _ in range(20):
+        assert_equal(training_step(problem, *given), expected)
 
 
 # ---- graphs and streams
@@ -164,6 +206,7 @@ def test_compiled_into_graphs(problem):
     torch.compiler.reset()
 
 
+@pytest.mark.slow  # compiles every tile on offer
 def test_tuning_on_request(monkeypatch):
     """Whichever tiles are the fastest, they follow the rule."""
     monkeypatch.setenv("DANET_KERNELS_AUTOTUNE", "1")
@@ -175,15 +218,14 @@ def test_tuning_on_request(monkeypatch):
 # ---- memory
 
 
-def peak(op: str, positions: int, training: bool) -> int:
-    """Bytes on top of the inputs, results included, at (1, 512, positions) in bf16."""
-    torch.cuda.empty_cache()
+def block(op: str, positions: int, training: bool, device: str) -> Callable[[], Any]:
+    """A call at (1, 512, positions) in bf16: the result, and all gradients when training."""
 
     def normal(channels: int) -> torch.Tensor:
-        values = torch.randn(1, channels, positions, device="cuda", dtype=torch.bfloat16)
+        values = torch.randn(1, channels, positions, device=device, dtype=torch.bfloat16)
         return values.mul_(0.1).requires_grad_(training)
 
-    gamma = torch.tensor([0.5], device="cuda", requires_grad=training)
+    gamma = torch.tensor([0.5], device=device, dtype=torch.bfloat16, requires_grad=training)
     function = getattr(danet_kernels, op)
     channels = (64, 64, 512, 512) if op == "position_attention" else (512,)
     inputs = [*map(normal, channels), gamma]  # query, key, value, residual, or x
@@ -193,6 +235,13 @@ def peak(op: str, positions: int, training: bool) -> int:
         out = function(*inputs, backend="triton")
         return out, torch.autograd.grad(out, inputs, dout) if training else None
 
+    return call
+
+
+def peak(op: str, positions: int, training: bool) -> int:
+    """Bytes that `block` takes on top of its inputs, results included."""
+    torch.cuda.empty_cache()
+    call = block(op, positions, training, "cuda")
     call()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -270,9 +319,16 @@ def test_channel_attention_of_more_than_2_to_the_31_elements(channels_last):
     assert dx.isfinite().all()
 
 
+def many_images(batch: int, device: str) -> list[torch.Tensor]:
+    """query, key, value, residual and gamma."""
+    options = {"device": device, "dtype": torch.bfloat16}
+    tensors = [torch.randn(batch, channels, 5, **options) for channels in (48, 48, 272, 272)]
+    return [*tensors, torch.full((1,), 0.75, **options)]
+
+
 def test_a_batch_of_65535():
-    shape = (65535, 16, 20)
-    query, key, value = (torch.randn(shape, device="cuda", dtype=torch.float16) for _ in range(3))
-    out = position_attention(query, key, value, backend="triton")
-    expected = position_attention(query, key, value, backend="eager")
-    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+    needs_memory(4)
+    inputs = many_images(65535, "cuda")
+    out = position_attention(*inputs, backend="triton")
+    expected = position_attention(*inputs, backend="eager")
+    torch.testing.assert_close(out, expected, rtol=4e-2, atol=4e-2)

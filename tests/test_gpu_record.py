@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import inspect
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import danet_kernels
 from benchmarks import gpu_checks, gpu_page, gpu_plan, gpu_proof, gpu_record, gpu_speed, gpu_steps, peers
 from benchmarks.gpu_cells import CHANNEL, POSITION, STEP, Cell
 from benchmarks.gpu_file import open_record
@@ -247,55 +247,51 @@ def test_steps_have_names_of_their_own_and_the_proof_is_last(full):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here, which the record counts")
-def test_the_race_compiles_few_kernels(monkeypatch):
-    """The versions of the kernels that a quick record asks for on an H200, at small sizes with the real remainders.
-
-    A version is what Triton compiles anew: constants, dtypes, and whether an integer or an address divides by 16.
-    """
-    from triton.runtime import interpreter
+def test_few_kernels_are_compiled(monkeypatch):
+    """The versions of the kernels that a quick record asks for on an H200: first those of the race, at small sizes with
+    the real remainders, then those of the self-check. The tests on the GPU and the errors of outputs need no others."""
+    import test_gpu
+    from triton_versions import count_versions
 
     from danet_kernels.backends.triton import launch
 
-    versions = set()
-
-    def trait(value):
-        if isinstance(value, torch.Tensor):
-            return value.dtype, value.data_ptr() % 16 == 0
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value == 1, value % 16 == 0
-        return getattr(value, "block_shape", None) or (type(value), value)
-
-    def count(self, *arguments, grid, warmup, **options):
-        bound = inspect.signature(self.fn).bind(*arguments, **{k: v for k, v in options.items() if k in self.arg_names})
-        fixed = {name for name, kind in self.fn.__annotations__.items() if "constexpr" in str(kind)}
-        fixed = {name: value for name, value in bound.arguments.items() if name in fixed}
-        free = {name: trait(value) for name, value in bound.arguments.items() if name not in fixed}
-        versions.add((self.fn.__name__, str(fixed), str(free), options.get("num_warps"), options.get("num_stages")))
-
-    monkeypatch.setattr(interpreter.InterpretedFunction, "run", count)
+    found = count_versions(monkeypatch)
     monkeypatch.setattr(launch, "_INTERPRETED_MULTIPROCESSORS", 132)
     for group in gpu_plan.quick_groups("triton"):
         small = Size(group.size.batch, 289 if group.size.positions % 16 else 1024)
         names = tuple(name for name in group.names if name.startswith("danet:"))
         jobs = gpu_checks.jobs([replace(group, size=small, names=names, device="cpu")], [])
         assert gpu_checks.run_jobs("triton", "cpu", jobs) == []
-    kernels = {name for name, *_ in versions}
+    kernels = {name for name, *_ in found}
     assert {"position_attention_forward_kernel", "channel_attention_gram_kernel"} <= kernels
-    assert len(kernels) < len(versions) <= gpu_page.MOST_KERNELS
+    assert len(kernels) < len(found) <= gpu_page.MOST_KERNELS_OF_THE_RACE
+
+    checks = gpu_checks.jobs([], list(gpu_checks.DTYPES), gpu_checks.CHECK_CASES)
+    assert gpu_checks.run_jobs("triton", "cpu", checks) == []
+    assert len(found) <= gpu_page.MOST_KERNELS
+    compiled = set(found)
+    for op in gpu_checks.OPS:
+        for dtype in gpu_checks.DTYPES:
+            gpu_checks.self_check("triton", op, dtype, "cpu")  # fails at its first case: no kernel runs here
+        for training in (False, True):
+            test_gpu.block(op, 1024, training, "cpu")()
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        for problem in test_gpu.PROBLEMS.values():
+            test_gpu.training_step(problem, *test_gpu.on_gpu(problem, "cpu"))
+    danet_kernels.position_attention(*test_gpu.many_images(20, "cpu"), backend="triton")
+    gpu_checks.output_errors("triton", "cpu", 256)
+    assert found == compiled
 
 
 def test_the_core_of_the_tests_exists():
-    """Else a renamed test would leave the record without proof, which only a run on a GPU would show."""
-    arguments = gpu_plan._tests("eager", full=False, dry=False)["core"]
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments[:-1]]
-    run = subprocess.run([*command, gpu_plan.CORE], cwd=ROOT, capture_output=True, text=True, check=False)
-    for word in (
-        *gpu_plan.CORE.split(" or "),
-        "test_position_attention.py::",
-        "test_channel_attention.py::",
-        "triton]",
-    ):
+    """Else a renamed file or mark would leave the record without proof, which only a run on a GPU would show."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    arguments = gpu_plan._tests("triton", full=False, dry=False)["core"]
+    run = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    for word in ("test_error_rule", "test_twenty_repeats", "position_bf16", "channel_fp32", "test_a_side_stream"):
         assert word in run.stdout, f"no test is named like {word}"
+    assert "tuning" not in run.stdout
 
 
 # ---- the steps

@@ -14,6 +14,39 @@ def find_fault(op: str, direction: str, change, dtype: torch.dtype = torch.float
     return _self_check.find_fault(backend, op, dtype, torch.device("cpu"))
 
 
+LAYOUTS = {"contiguous": torch.float32, "channels_last": torch.float32, "wider": torch.bfloat16}
+"""By what the tensors of the cases are, a dtype that has it."""
+
+
+def layout_of(tensor: torch.Tensor) -> str:
+    return "contiguous" if tensor.is_contiguous() else "channels_last" if tensor.stride(1) == 1 else "wider"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_what_no_dtype_may_lack(op, dtype):
+    """Sizes that are odd and sums in parts, with gamma and residual; and gamma = 0."""
+    cases = [case for case in _self_check.cases_for(op, dtype) if case.residual]
+    odd = [case for case in cases if all(size % 2 for size in case.positions + case.keys)]
+    assert {bool(case.gamma) for case in odd} == {True, False}
+    assert any(case.gamma and max(case.positions + case.keys) > 256 for case in odd)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_the_dtypes_share(op):
+    """Either layout with 16 bits and with fp32, and gamma in fp32 and rounded with 16 bits."""
+    found = set()
+    for dtype in DTYPES:
+        for number, case in enumerate(_self_check.cases_for(op, dtype)):
+            inputs, dout, _ = case.make(dtype, "cpu", seed=number)
+            rounded = inputs["gamma"].dtype.itemsize == 2
+            found.add((dtype.itemsize, "channels_last" if layout_of(dout) == "channels_last" else "rows", rounded))
+    assert {(size, layout) for size, layout, _ in found} == {
+        (size, layout) for size in (2, 4) for layout in ("rows", "channels_last")
+    }
+    assert {rounded for size, _, rounded in found if size == 2} == {True, False}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_right_kernels_pass(op, dtype):
@@ -40,20 +73,18 @@ def test_one_percent_is_too_much(op, direction, index, name, dtype):
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("side", ["before", "after"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cropped"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_reading_too_far_is_noticed(op, side, layout):
     """What lies around every tensor is NaN."""
 
     def change(results, arguments):
         tensor = arguments[0]
-        if layout == (
-            "contiguous" if tensor.is_contiguous() else "channels_last" if tensor.stride(1) == 1 else "cropped"
-        ):
+        if layout == layout_of(tensor):
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             offset = tensor.storage_offset() + (-1 if side == "before" else last + 1)
             results[0] = results[0] + 0 * tensor.as_strided((1, 1, 1), (1, 1, 1), offset)
 
-    assert "largest error nan" in find_fault(op, "forward", change)
+    assert "largest error nan" in find_fault(op, "forward", change, LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("op", OPS)

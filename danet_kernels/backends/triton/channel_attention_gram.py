@@ -23,7 +23,7 @@ SUM_BLOCK = tl.constexpr(plan.BLOCK)
 LONGEST_SUM = tl.constexpr(2048)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N", "splits"))
 def channel_attention_gram_kernel(
     x,  # [B, C, N] descriptor or pointer, as load_tile takes it
     dout,  # [B, C, N] likewise; or None: only G is needed
@@ -148,7 +148,7 @@ def sum_of_gram(partial, batch, tiles, splits, row, block, ROWS: tl.constexpr, P
     return sum_of_parts(partial + tile * splits * (SUM_BLOCK * SUM_BLOCK), offsets, splits, ROWS, PARTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("splits",))
 def channel_attention_softmax_kernel(
     partial,  # [B, tiles, splits, SUM_BLOCK, SUM_BLOCK] fp32 pointer: tiles of G, and of H if that is wanted
     logits,  # [B, C, row_length] fp32 pointer: sign G, past the end of its rows -inf
