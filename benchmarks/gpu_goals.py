@@ -6,6 +6,7 @@ A goal that is stated for no size in particular counts as met where it is met at
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.goals import Row
@@ -15,13 +16,34 @@ from benchmarks.memory import MIB
 from benchmarks.shapes import CHANNEL_SIZES, POSITION_SIZES, Size
 
 DTYPE = "bf16"
+
+
+@dataclass(frozen=True)
+class PositionGoals:
+    """Of position attention, by backend. None: no goal."""
+
+    forward: float  # TFLOP/s
+    backward: float  # TFLOP/s
+    stretch: str
+    deterministic: float | None  # TFLOP/s, of the backward
+    against_efficient: tuple[float, float]  # SDPA's memory-efficient kernels: forward, backward
+    against_others: bool  # whether it also has to be ahead of the best peers, of eager and of autocast
+
+
+GOALS = {
+    "triton": PositionGoals(430, 330, "stretch goal 390", 240, (3, 6), True),
+    "cuda": PositionGoals(250, 200, "", None, (1.8, 4), False),
+}
 ONE, EIGHT, ODD, LARGE = Size(1, 9216), Size(8, 9216), Size(1, 9409), Size(1, 32768)
 
 
 def rows(figures: Figures, backend: str, errors: list[dict[str, Any]]) -> list[Row]:
     """errors: by logit deviation the error of bf16 outputs, ours and eager's."""
-    ours = f"danet:{backend}"
-    return [*_rates(figures, ours), *_ratios(figures, ours), *_channel(figures, ours), *_rest(figures, ours, errors)]
+    ours, goals = f"danet:{backend}", GOALS.get(backend, GOALS["triton"])
+    found = [*_rates(figures, ours, goals), *_ratios(figures, ours, goals)]
+    if goals.against_others:
+        found += _channel(figures, ours)
+    return [*found, *_rest(figures, ours, errors)]
 
 
 def _worst(
@@ -33,7 +55,7 @@ def _worst(
     return Row(name, min(values.values(), default=None), unit, goal, note=f"{note}{more and '; '}{more}")
 
 
-def _rates(figures: Figures, ours: str) -> list[Row]:
+def _rates(figures: Figures, ours: str, goals: PositionGoals) -> list[Row]:
     def rate(name: str, part: str) -> Callable[[Size], float | None]:
         def at(size: Size) -> float | None:
             rate = figures.rate(POSITION, size, DTYPE, name, part)
@@ -46,18 +68,17 @@ def _rates(figures: Figures, ours: str) -> list[Row]:
         return Row(f"position {part}, rate at {ODD} to that at {ONE}", odd / even if odd and even else None, "x", 0.9)
 
     aligned = tuple(size for size in POSITION_SIZES if size != ODD)
-    stretch = "stretch goal 390"
-    deterministic = f"{ours}:deterministic"
-    return [
-        _worst("position forward", rate(ours, "forward"), aligned, " TFLOP/s", 430),
-        _worst("position backward", rate(ours, "backward"), aligned, " TFLOP/s", 330, stretch),
-        _worst("position backward, deterministic", rate(deterministic, "backward"), aligned, " TFLOP/s", 240),
-        odd("forward"),
-        odd("backward"),
+    found = [
+        _worst("position forward", rate(ours, "forward"), aligned, " TFLOP/s", goals.forward),
+        _worst("position backward", rate(ours, "backward"), aligned, " TFLOP/s", goals.backward, goals.stretch),
     ]
+    if goals.deterministic is not None:
+        at = rate(f"{ours}:deterministic", "backward")
+        found.append(_worst("position backward, deterministic", at, aligned, " TFLOP/s", goals.deterministic))
+    return [*found, odd("forward"), odd("backward")]
 
 
-def _ratios(figures: Figures, ours: str) -> list[Row]:
+def _ratios(figures: Figures, ours: str, goals: PositionGoals) -> list[Row]:
     """Their time by ours."""
 
     def against(name: str, part: str, op: str = POSITION) -> Callable[[Size], float | None]:
@@ -77,19 +98,26 @@ def _ratios(figures: Figures, ours: str) -> list[Row]:
         return at
 
     large = tuple(size for size in POSITION_SIZES if size.positions >= LARGE.positions)
-    found = []
-    for part, stock, direct, autocast in (("forward", True, 3, 2.5), ("backward", False, 6, 1.5)):
+    found: list[Row] = []
+    for part, stock, direct, autocast in zip(
+        ("forward", "backward"), (True, False), goals.against_efficient, (2.5, 1.5), strict=True
+    ):
+        efficient = against("sdpa-efficient", part)
+        found.append(_worst(f"position {part}, to SDPA efficient", efficient, POSITION_SIZES, "x", direct))
+        if not goals.against_others:
+            continue
         best = figures.fastest_linear(POSITION, EIGHT, DTYPE, part, stock=stock)
         name = f"position {part}, to the best{' stock' if stock else ''} memory-linear peer"
         more = f"at {EIGHT} that is {best[0]}" if best else ""
         found += [
             _worst(name, against_linear(part, stock=stock), POSITION_SIZES, "x", 1.05, more),
-            _worst(f"position {part}, to SDPA efficient", against("sdpa-efficient", part), POSITION_SIZES, "x", direct),
             _worst(f"position {part}, to eager, autocast", against("autocast", part), POSITION_SIZES, "x", autocast),
             _worst(f"position {part}, to eager, N >= {LARGE.positions}", against("eager", part), large, "x", 1),
         ]
-    step = against("eager", "training", STEP)
-    return [*found, _worst("position training step under autocast, to eager", step, (EIGHT,), "x", 1.3)]
+    if goals.against_others:
+        step = against("eager", "training", STEP)
+        found.append(_worst("position training step under autocast, to eager", step, (EIGHT,), "x", 1.3))
+    return found
 
 
 def _channel(figures: Figures, ours: str) -> list[Row]:

@@ -62,7 +62,7 @@ def _tests(backend: str, full: bool, dry: bool) -> dict[str, list[str]]:
         files = [path.relative_to(ROOT) for path in sorted((ROOT / "tests").glob("test_*.py"))]
         return {file.stem: [str(file), "-k", backend] for file in files} | {"gpu": ["-m", "gpu"]}
     # Kernels would have to be compiled for all others: test_gpu.py takes those of the race and of the self-check.
-    return {"core": ["tests/test_gpu.py", "-m", QUICK_MARKS]}
+    return {"core": ["tests/test_gpu.py", "-m", QUICK_MARKS, "-k", f"{backend} or eager or memory_moves"]}
 
 
 def quick_groups(backend: str) -> list[Group]:

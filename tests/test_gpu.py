@@ -21,14 +21,18 @@ from danet_kernels._error_rule import evaluate
 MIB = 2**20
 
 
-def missing() -> str:
-    """What is missing for these tests; empty: nothing."""
-    if not torch.cuda.is_available():
-        return "no NVIDIA GPU is visible"
-    return "; ".join(available_backends("position_attention", torch.empty(1, 16, 1, device="cuda"))["triton"])
+HAS_GPU = torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no NVIDIA GPU is visible")]
 
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(missing()), reason=missing())]
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request) -> str:
+    """Those whose kernels are for GPUs."""
+    reasons = available_backends("position_attention", torch.empty(1, 16, 1, device="cuda"))[request.param]
+    if reasons:
+        pytest.skip(f"backend {request.param}: {'; '.join(reasons)}")
+    return request.param
+
 
 # All but the slow tests take their kernels from the race and from the self-check: tiles as wide, gamma rounded, sizes
 # that are multiples of 16 or are not. benchmarks/gpu_record.py --quick bounds how many are compiled; its test counts.
@@ -60,11 +64,13 @@ def needs_memory(gib: float) -> None:
         pytest.skip(f"needs {gib:g} GiB of free GPU memory, there are {free / 2**30:.1f}")
 
 
-def training_step(problem: Problem, tensors: dict[str, torch.Tensor], dout: torch.Tensor) -> dict[str, torch.Tensor]:
+def training_step(
+    problem: Problem, backend: str, tensors: dict[str, torch.Tensor], dout: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """The result and all gradients, on the device where the tensors are."""
 
     def function(**given):
-        return getattr(danet_kernels, problem.op)(**given, **problem.options, backend="triton")
+        return getattr(danet_kernels, problem.op)(**given, **problem.options, backend=backend)
 
     return evaluate(function, tensors, dout)
 
@@ -109,10 +115,10 @@ def test_memory_moves_with_all_that_lies_around_it():
 
 @for_each_problem
 @pytest.mark.parametrize("gamma", [0.75, -0.5, 0.0])
-def test_error_rule(problem, gamma):
+def test_error_rule(problem, backend, gamma):
     tensors = problem.tensors | {"gamma": torch.full_like(problem.tensors["gamma"], gamma)}
     problem = Problem(problem.op, tensors, problem.dout, problem.options)
-    results = problem.run("triton")
+    results = problem.run(backend)
     assert_follows_error_rule(problem, results, yardsticks(problem), tensor_cores=True)
     if gamma == 0.0:
         x, dx = ("residual", "dresidual") if problem.op == "position_attention" else ("x", "dx")
@@ -120,19 +126,19 @@ def test_error_rule(problem, gamma):
 
 
 @for_each_problem
-def test_twenty_repeats(problem):
+def test_twenty_repeats(problem, backend):
     torch.use_deterministic_algorithms(True)
     given = on_gpu(problem)
-    expected = training_step(problem, *given)
+    expected = training_step(problem, backend, *given)
     for _ in range(20):
-        assert_equal(training_step(problem, *given), expected)
+        assert_equal(training_step(problem, backend, *given), expected)
 
 
 # ---- graphs and streams
 
 
 @for_each_problem
-def test_a_graph_is_replayed_three_times(problem):
+def test_a_graph_is_replayed_three_times(problem, backend):
     """Forward and backward are captured once, and replayed on other numbers; with gamma = 0 at last, where kernels
     leave early without the host knowing."""
     torch.use_deterministic_algorithms(True)
@@ -140,11 +146,11 @@ def test_a_graph_is_replayed_three_times(problem):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        training_step(problem, tensors, dout)
+        training_step(problem, backend, tensors, dout)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = training_step(problem, tensors, dout)
+        captured = training_step(problem, backend, tensors, dout)
     for replay in range(3):
         for tensor in tensors.values():
             tensor.mul_(-0.5 if replay < 2 else 1)
@@ -152,46 +158,46 @@ def test_a_graph_is_replayed_three_times(problem):
             tensors["gamma"].zero_()
         graph.replay()
         torch.cuda.synchronize()
-        assert_equal(captured, training_step(problem, tensors, dout))
+        assert_equal(captured, training_step(problem, backend, tensors, dout))
 
 
 @for_each_problem
-def test_a_side_stream(problem):
+def test_a_side_stream(problem, backend):
     """The inputs are late on a stream of their own: kernels on another would read NaN."""
     torch.use_deterministic_algorithms(True)
     tensors, dout = on_gpu(problem)
-    expected = training_step(problem, tensors, dout)
+    expected = training_step(problem, backend, tensors, dout)
     late = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(100_000_000)
         for name, tensor in tensors.items():
             late[name].copy_(tensor)
-        results = training_step(problem, late, dout)
+        results = training_step(problem, backend, late, dout)
     torch.cuda.synchronize()
     assert_equal(results, expected)
 
 
 @for_each_problem
-def test_a_device_that_is_not_the_current_one(problem):
+def test_a_device_that_is_not_the_current_one(problem, backend):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs, there is one")
     torch.use_deterministic_algorithms(True)
-    expected = training_step(problem, *on_gpu(problem, "cuda:0"))
+    expected = training_step(problem, backend, *on_gpu(problem, "cuda:0"))
     with torch.cuda.device(0):
-        results = training_step(problem, *on_gpu(problem, "cuda:1"))
+        results = training_step(problem, backend, *on_gpu(problem, "cuda:1"))
     assert {result.device.index for result in results.values()} == {1}
     assert_equal(results, expected)
 
 
 @for_each_problem
-def test_compiled_into_graphs(problem):
+def test_compiled_into_graphs(problem, backend):
     """torch.compile with mode="reduce-overhead": it captures graphs of its own."""
     torch.compiler.reset()
     tensors, dout = on_gpu(problem)
 
     def function(tensors):
-        return getattr(danet_kernels, problem.op)(**tensors, **problem.options, backend="triton") * 2
+        return getattr(danet_kernels, problem.op)(**tensors, **problem.options, backend=backend) * 2
 
     compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True)
     for _ in range(3):
@@ -218,7 +224,7 @@ def test_tuning_on_request(monkeypatch):
 # ---- memory
 
 
-def block(op: str, positions: int, training: bool, device: str) -> Callable[[], Any]:
+def block(backend: str, op: str, positions: int, training: bool, device: str) -> Callable[[], Any]:
     """A call at (1, 512, positions) in bf16: the result, and all gradients when training."""
 
     def normal(channels: int) -> torch.Tensor:
@@ -232,16 +238,16 @@ def block(op: str, positions: int, training: bool, device: str) -> Callable[[], 
     dout = normal(512).detach()
 
     def call():
-        out = function(*inputs, backend="triton")
+        out = function(*inputs, backend=backend)
         return out, torch.autograd.grad(out, inputs, dout) if training else None
 
     return call
 
 
-def peak(op: str, positions: int, training: bool) -> int:
+def peak(backend: str, op: str, positions: int, training: bool) -> int:
     """Bytes that `block` takes on top of its inputs, results included."""
     torch.cuda.empty_cache()
-    call = block(op, positions, training, "cuda")
+    call = block(backend, op, positions, training, "cuda")
     call()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -253,21 +259,21 @@ def peak(op: str, positions: int, training: bool) -> int:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_position_attention_is_linear_in_the_positions(training):
+def test_position_attention_is_linear_in_the_positions(backend, training):
     """An N x N map, of any dtype, would take sixteen times as much for four times the positions."""
-    few, many = (peak("position_attention", positions, training) for positions in (8192, 32768))
+    few, many = (peak(backend, "position_attention", positions, training) for positions in (8192, 32768))
     assert many <= 4 * few + 2 * MIB
     assert many < 32768**2 / 4
 
 
-def test_training_at_32768_positions_takes_what_was_promised():
-    assert peak("position_attention", 32768, training=True) < 190 * MIB
+def test_training_at_32768_positions_takes_what_was_promised(backend):
+    assert peak(backend, "position_attention", 32768, training=True) < 190 * MIB
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_the_workspace_of_channel_attention_does_not_grow(training):
+def test_the_workspace_of_channel_attention_does_not_grow(backend, training):
     """What comes with more positions is out and, in training, dx."""
-    few, many = (peak("channel_attention", positions, training) for positions in (16384, 65536))
+    few, many = (peak(backend, "channel_attention", positions, training) for positions in (16384, 65536))
     results = (65536 - 16384) * 512 * 2 * (2 if training else 1)
     assert many - few <= results + 8 * MIB
 
@@ -278,19 +284,19 @@ MANY = 2**22 + 8  # times 512 channels
 
 
 @pytest.mark.large_memory
-def test_more_than_2_to_the_31_results():
+def test_more_than_2_to_the_31_results(backend):
     needs_memory(24)
     query = torch.randn(1, 16, MANY, device="cuda", dtype=torch.bfloat16)
     key = torch.randn(1, 16, 100, device="cuda", dtype=torch.bfloat16)
     value = torch.randn(1, 512, 100, device="cuda", dtype=torch.bfloat16)
-    out = position_attention(query, key, value, backend="triton")
+    out = position_attention(query, key, value, backend=backend)
     for chosen in (slice(0, 300), slice(MANY - 300, None)):
         expected = reference.position_attention(query[:, :, chosen].double(), key.double(), value.double())
         torch.testing.assert_close(out[:, :, chosen].double(), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.large_memory
-def test_more_than_2_to_the_31_values():
+def test_more_than_2_to_the_31_values(backend):
     """The weights are those of the last keys alone, which lie beyond the reach of 32 bits."""
     needs_memory(24)
     query = torch.ones(1, 16, 70, device="cuda", dtype=torch.bfloat16)
@@ -298,13 +304,13 @@ def test_more_than_2_to_the_31_values():
     key[:, :, -3:] = 8
     value = torch.zeros(1, 512, MANY, device="cuda", dtype=torch.bfloat16)
     value[:, :, -3:] = torch.arange(512, device="cuda", dtype=torch.bfloat16)[None, :, None]
-    out = position_attention(query, key, value, backend="triton")
+    out = position_attention(query, key, value, backend=backend)
     torch.testing.assert_close(out, value[:, :, -1:].expand_as(out), rtol=1e-2, atol=0)
 
 
 @pytest.mark.large_memory
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_channel_attention_of_more_than_2_to_the_31_elements(channels_last):
+def test_channel_attention_of_more_than_2_to_the_31_elements(backend, channels_last):
     needs_memory(40)
     shape = (1, MANY, 512) if channels_last else (1, 512, MANY)
     x = torch.randn(shape, device="cuda", dtype=torch.bfloat16).mul_((3 / MANY**0.5) ** 0.5)
@@ -312,7 +318,7 @@ def test_channel_attention_of_more_than_2_to_the_31_elements(channels_last):
     gram = sum(part.double() @ part.double().transpose(1, 2) for part in x.split(2**16, dim=2))
     expected = torch.softmax(-gram, dim=-1) @ x[:, :, -300:].double()
     leaf = x.detach().requires_grad_()
-    out = channel_attention(leaf, residual=False, backend="triton")
+    out = channel_attention(leaf, residual=False, backend=backend)
     size = float(expected.abs().max())
     torch.testing.assert_close(out[:, :, -300:].double(), expected, rtol=2e-2, atol=2e-2 * size)
     (dx,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
@@ -326,9 +332,9 @@ def many_images(batch: int, device: str) -> list[torch.Tensor]:
     return [*tensors, torch.full((1,), 0.75, **options)]
 
 
-def test_a_batch_of_65535():
+def test_a_batch_of_65535(backend):
     needs_memory(4)
     inputs = many_images(65535, "cuda")
-    out = position_attention(*inputs, backend="triton")
+    out = position_attention(*inputs, backend=backend)
     expected = position_attention(*inputs, backend="eager")
     torch.testing.assert_close(out, expected, rtol=4e-2, atol=4e-2)

@@ -274,11 +274,11 @@ def test_few_kernels_are_compiled(monkeypatch):
         for dtype in gpu_checks.DTYPES:
             gpu_checks.self_check("triton", op, dtype, "cpu")  # fails at its first case: no kernel runs here
         for training in (False, True):
-            test_gpu.block(op, 1024, training, "cpu")()
+            test_gpu.block("triton", op, 1024, training, "cpu")()
     for deterministic in (False, True):
         torch.use_deterministic_algorithms(deterministic)
         for problem in test_gpu.PROBLEMS.values():
-            test_gpu.training_step(problem, *test_gpu.on_gpu(problem, "cpu"))
+            test_gpu.training_step(problem, "triton", *test_gpu.on_gpu(problem, "cpu"))
     danet_kernels.position_attention(*test_gpu.many_images(20, "cpu"), backend="triton")
     gpu_checks.output_errors("triton", "cpu", 256)
     assert found == compiled
