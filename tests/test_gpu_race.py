@@ -79,10 +79,21 @@ def test_what_holds_a_map_is_no_rival():
     assert found["position forward, to the best stock memory-linear peer"] is True
 
 
-def test_goals_without_figures_are_neither_met_nor_missed():
-    rows = gpu_goals.rows(gpu_report.Figures(), "triton", [])
+@pytest.mark.parametrize("backend", gpu_goals.GOALS)
+def test_goals_without_figures_are_neither_met_nor_missed(backend):
+    rows = gpu_goals.rows(gpu_report.Figures(), backend, [])
     assert {row.met for row in rows} == {None}
     assert goals.count(rows) == f"0 of {len(rows)} goals met"
+
+
+def test_each_backend_has_goals_of_its_own():
+    by_backend = {
+        backend: {row.name: row.goal for row in gpu_goals.rows(gpu_report.Figures(), backend, [])}
+        for backend in ("triton", "cuda")
+    }
+    assert [found["position forward"] for found in by_backend.values()] == [430, 250]
+    assert [found["position backward, to SDPA efficient"] for found in by_backend.values()] == [6, 4]
+    assert set(by_backend["cuda"]) < set(by_backend["triton"])
 
 
 def test_work_and_bytes():
