@@ -1,4 +1,5 @@
-// Checks of what Python has promised. Users meet the sentences of danet_kernels/_checks.py first; these guard our own bugs.
+// Checks of what Python has promised. Users meet the sentences of danet_kernels/_checks.py first; these guard our own
+// bugs.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>

@@ -6,6 +6,8 @@
 
 namespace danet {
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 inline int64_t element_size(Dtype dtype) {
@@ -85,5 +87,48 @@ void position_attention_forward_bf16(const PositionForward& p);  // where cpu_ru
 void position_attention_backward_cpu(const PositionBackward& p);
 void channel_attention_forward_cpu(const ChannelForward& p);
 void channel_attention_backward_cpu(const ChannelBackward& p);
+
+// What the CUDA launchers take besides. Their kernels read gamma on the device, so `gamma` of the structs above goes
+// unused, and so does `dgamma`: it is the sum of the delta that the backward leaves.
+struct CudaCall {
+  const void* gamma;      // one number in device memory; nullptr stands for 1
+  Dtype gamma_dtype;
+  bool tf32;              // whether products of fp32 operands that make no logits may be rounded to TF32
+  int64_t multiprocessors;
+  void* stream;
+};
+
+// Where the sums over positions of one side of the map go: gradients of query or key, one for each split.
+struct PositionSums {
+  float* data = nullptr;  // [splits, B, D, L] fp32 for L positions, contiguous
+  int64_t splits = 1;
+};
+
+// Operands other than residual, attn and results lie in lines that begin on 16-byte boundaries (tile.cuh).
+void position_attention_forward_cuda(const PositionForward& p, const CudaCall& call);
+
+void position_attention_delta_cuda(const PositionBackward& p, float* delta, const CudaCall& call);  // delta [B, M]
+void position_attention_dvalue_cuda(const PositionBackward& p, const CudaCall& call);
+// The gradient of key, and with `dquery_sums`, [1, B, D, M] of zeros, what its program adds to that of query in any
+// order.
+void position_attention_dkey_cuda(const PositionBackward& p, const float* delta, const float* magnify,
+                                  const PositionSums& sums, float* dquery_sums, const CudaCall& call);
+void position_attention_dquery_cuda(const PositionBackward& p, const float* delta, const float* magnify,
+                                    const PositionSums& sums, const CudaCall& call);
+
+// Workspaces of channel attention, all fp32. Rows of matrices [C, C] are `row` long, a multiple of 128.
+struct ChannelWorkspace {
+  int64_t splits;        // partial sums of each tile of G and H
+  float* partial;        // [B, tiles, splits, 128, 128]
+  float* logits;         // [B, C, row]: sign G, past C -inf
+  float* dweights;       // [B, C, row]: H; backward only
+  void* dgram;           // [B, C, row]: dG + dG^T in the dtype of x, past C 0; backward only
+  float* magnify;        // [B, C]: powers of two that bring the rows of dgram into the range of fp16; else nullptr
+  float* row_max;        // [B, C], taken anew; backward only
+  float* row_sum;        // [B, C], likewise
+  float* delta;          // [B, C]: r_c = sum_i P_ci H_ci, whose sum is dgamma; backward only
+};
+void channel_attention_forward_cuda(const ChannelForward& p, const ChannelWorkspace& w, const CudaCall& call);
+void channel_attention_backward_cuda(const ChannelBackward& p, const ChannelWorkspace& w, const CudaCall& call);
 
 }  // namespace danet

@@ -1,4 +1,5 @@
-// The module danet_kernels._C: facts about the build and the CPU, and the kernels' plans. It has no tensors, knows no torch.
+// The module danet_kernels._C: facts about the build and the CPU, and the kernels' plans. It has no tensors, knows no
+// torch.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -6,6 +7,8 @@
 
 #include "channel_plan.h"
 #include "cpu/features.h"
+#include "cuda/channel_plan.h"
+#include "cuda/plan.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -61,6 +64,16 @@ int64_t channel_backward_workspace(int64_t B, int64_t C, int64_t N, const std::s
   return danet::channel_backward_workspace(B, C, N, dtype_of(dtype), threads);
 }
 
+int64_t position_cuda_splits(int64_t B, int64_t L, int64_t K, int64_t D, const std::string& dtype,
+                             int64_t multiprocessors) {
+  return danet::position_splits(B, L, K, D, dtype_of(dtype), multiprocessors);
+}
+
+int64_t channel_cuda_workspace(int64_t B, int64_t C, int64_t N, const std::string& dtype, bool backward,
+                               int64_t multiprocessors) {
+  return danet::channel_cuda_workspace(B, C, N, dtype_of(dtype), backward, multiprocessors);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -73,5 +86,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("position_backward_workspace", &position_backward_workspace, B, C, D, M, N, dtype, threads);
   module.def("channel_forward_workspace", &channel_forward_workspace, B, C, N, dtype, threads);
   module.def("channel_backward_workspace", &channel_backward_workspace, B, C, N, dtype, threads);
+  const auto multiprocessors = py::arg("multiprocessors");
+  module.def("position_cuda_splits", &position_cuda_splits, B, py::arg("L"), py::arg("K"), D, dtype, multiprocessors,
+             "Sums that the gradient of query or key [B, D, L] is made of, by K positions of the other side.");
+  module.def("channel_cuda_workspace", &channel_cuda_workspace, B, C, N, dtype, py::arg("backward"), multiprocessors);
   module.def("compiled_with", &compiled_with, "The compiler, C++ standard and optimization of this module.");
 }

@@ -5,7 +5,8 @@
 namespace danet {
 namespace {
 
-constexpr int64_t kTasksInFlight = 16;  // enough for the threads of a workstation, few enough for the partial sums of dQ
+// Enough for the threads of a workstation, few enough for the partial sums of dQ.
+constexpr int64_t kTasksInFlight = 16;
 
 int64_t accumulator_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
 
@@ -17,7 +18,8 @@ int64_t widened(Dtype dtype, int64_t elements) { return element_size(dtype) == 2
 PositionForwardPlan plan_position_forward(int64_t B, int64_t C, int64_t M, int64_t N) {
   PositionForwardPlan plan;
   plan.block_m = std::min<int64_t>(128, M);
-  // With few channels the tiles' products cost little whatever their size, and short ones keep the chains of additions short.
+  // With few channels the tiles' products cost little whatever their size, and short ones keep the chains of additions
+  // short.
   plan.block_n = std::min<int64_t>(C < 64 ? 128 : 512, N);
   plan.batch = std::clamp<int64_t>(kTasksInFlight / ceil_div(M, plan.block_m), 1, B);
   return plan;

@@ -1,5 +1,6 @@
-// Tiles and workspaces of the kernels: pure functions of shape and dtype, used by the launchers and, through danet_kernels._C,
-// by memory_estimate and the tests. Nothing here depends on the number of threads except the bytes of their scratch.
+// Tiles and workspaces of the kernels: pure functions of shape and dtype, used by the launchers and, through
+// danet_kernels._C, by memory_estimate and the tests. Nothing here depends on the number of threads except the bytes of
+// their scratch.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +8,6 @@
 #include "launch.h"
 
 namespace danet {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct PositionForwardPlan {
   int64_t block_m;  // queries per task
