@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
 import danet_build_native as native  # noqa: E402
+from danet_build_cuda import CUDA_LIBRARY, CudaToolchain, find_cuda  # noqa: E402
 from danet_build_env import Toolchain, Unavailable, build_mode, fail, find_toolchain, log  # noqa: E402
 
 PACKAGE = "danet_kernels"
@@ -23,6 +24,16 @@ def toolchain() -> tuple[Toolchain | None, str | None]:
     """The toolchain, or None and the reason why this build goes without the C++ extension."""
     try:
         return find_toolchain(), None
+    except Unavailable as unavailable:
+        return None, str(unavailable)
+
+
+@functools.cache
+def cuda() -> tuple[CudaToolchain | None, str | None]:
+    """The same for the CUDA library, which only comes together with the C++ extension."""
+    found, reason = toolchain()
+    try:
+        return (find_cuda(found.compiler), None) if found else (None, reason)
     except Unavailable as unavailable:
         return None, str(unavailable)
 
@@ -45,29 +56,39 @@ class BuildNative(Command):
         self.build_lib: str | None = None
         self.editable_mode = False
         self.inplace = False
+        self.has_cuda: bool | None = None  # known once it has run
 
     def finalize_options(self) -> None:
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def run(self) -> None:
-        found, reason = toolchain()
+        (found, reason), (found_cuda, cuda_reason), mode = toolchain(), cuda(), build_mode()
         package = ROOT / PACKAGE if self.editable_mode or self.inplace else Path(self.build_lib) / PACKAGE
+        if not found and mode in ("cpu", "cuda"):
+            raise fail(f"DANET_BUILD={mode}, but {reason}")
+        if not found_cuda and mode == "cuda":
+            raise fail(f"DANET_BUILD=cuda, but {cuda_reason}")
         if found:
-            native.build(found, package)
-        elif build_mode() == "cpu":
-            raise fail(f"DANET_BUILD=cpu, but {reason}")
+            if not found_cuda and mode == "auto":
+                log(f"no CUDA kernels: {cuda_reason}")
+            self.has_cuda = native.build(found, found_cuda, package)
+            if found_cuda and not self.has_cuda:
+                found_cuda, cuda_reason = None, f"the kernels do not compile with nvcc {found_cuda.version}"
         else:
-            if build_mode() == "auto":
+            if mode == "auto":
                 log(f"WARNING: installing without the C++ extension, which is much slower: {reason}")
             native.remove_libraries(package)
-        native.write_build_info(package, self.distribution.get_version(), found, reason)
+            self.has_cuda = False
+        native.write_build_info(package, self.distribution.get_version(), found, reason, found_cuda, cuda_reason)
 
     def get_source_files(self) -> list[str]:
         files = (path for path in (ROOT / "csrc").rglob("*") if path.is_file())
         return sorted(path.relative_to(ROOT).as_posix() for path in files)
 
     def get_outputs(self) -> list[str]:
-        names = [*(native.LIBRARIES if toolchain()[0] else ()), native.BUILD_INFO]
+        has_cuda = cuda()[0] is not None if self.has_cuda is None else self.has_cuda
+        libraries = [*native.LIBRARIES, CUDA_LIBRARY][: None if has_cuda else -1] if toolchain()[0] else []
+        names = [*libraries, native.BUILD_INFO]
         return [str(Path(self.build_lib) / PACKAGE / name) for name in names]
 
     def get_output_mapping(self) -> dict[str, str]:

@@ -61,8 +61,6 @@ def build_mode() -> str:
     mode = os.environ.get("DANET_BUILD", "auto").lower() or "auto"
     if mode not in MODES:
         raise fail(f"DANET_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
-    if mode == "cuda":
-        raise fail("DANET_BUILD=cuda, but this version has no CUDA sources yet; use auto, cpu or python")
     return mode
 
 
@@ -217,8 +215,8 @@ def build_requirements() -> list[str]:
         _check_platform()
         find_compiler()
     except Unavailable as reason:
-        if mode == "cpu":
-            raise fail(f"DANET_BUILD=cpu, but {reason}") from None
+        if mode != "auto":
+            raise fail(f"DANET_BUILD={mode}, but {reason}") from None
         return []
     try:
         torch = find_torch()

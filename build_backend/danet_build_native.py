@@ -1,7 +1,8 @@
 """Builds the C++ extension with ninja and records what was built.
 
-Two shared libraries come out of csrc/: `_danet_cpu.so`, a plain library against torch's stable ABI that
-registers operators when torch loads it, and `_C`, a pybind11 module that knows nothing of torch.
+Three shared libraries come out of csrc/: `_danet_cpu.so` and, where there is nvcc, `_danet_cuda.so`, plain
+libraries against torch's stable ABI that register operators when torch loads them; and `_C`, a pybind11 module
+that knows nothing of torch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import sysconfig
 import time
 from pathlib import Path
 
+import danet_build_cuda
+from danet_build_cuda import CUDA_LIBRARY, CudaToolchain
 from danet_build_env import Toolchain, build_mode, fail, log, max_jobs, sanitizers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +26,7 @@ TARGET_ABI = "2.10"  # the oldest torch the library loads into; keep equal to TO
 BUILD_INFO = "_build_info.json"
 CPU_LIBRARY = "_danet_cpu.so"
 MODULE = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
-LIBRARIES = (CPU_LIBRARY, MODULE)
+LIBRARIES = (CPU_LIBRARY, MODULE)  # of every C++ build; CUDA_LIBRARY comes on top
 
 # -march is never given: code for newer CPUs is compiled per function and chosen at run time.
 FLAGS = (
@@ -32,20 +35,26 @@ FLAGS = (
 )
 
 
+def _debug() -> bool:
+    return os.environ.get("DANET_DEBUG", "0") not in ("", "0")
+
+
 def variant() -> tuple[str, str]:
     """Name and compiler flags of the build that DANET_DEBUG and DANET_SANITIZE ask for."""
-    debug = os.environ.get("DANET_DEBUG", "0") not in ("", "0")
-    name, optimization = ("debug", "-O0 -g") if debug else ("release", "-O3")
+    name, optimization = ("debug", "-O0 -g") if _debug() else ("release", "-O3")
     if sanitizers():
         name += "-" + "-".join(sanitizers())
-        optimization = "-O0 -g" if debug else "-O1 -g"
+        optimization = "-O0 -g" if _debug() else "-O1 -g"
         optimization += f" -fsanitize={','.join(sanitizers())} -fno-sanitize-recover=all"
         optimization += " -fno-omit-frame-pointer -DDANET_SANITIZE"  # they clash with target_clones
     return name, f"{optimization} {FLAGS}"
 
 
-def build(toolchain: Toolchain, package: Path) -> None:
-    """Compile what has changed and put the libraries into the directory `package`."""
+def build(toolchain: Toolchain, cuda: CudaToolchain | None, package: Path) -> bool:
+    """Compile what has changed and put the libraries into the directory `package`.
+
+    Returns whether the CUDA library is among them. Where nobody asked for it, one that does not compile is left out.
+    """
     work = _work_directory(toolchain)
     for name, include in (
         ("torch", toolchain.torch.include),
@@ -53,17 +62,33 @@ def build(toolchain: Toolchain, package: Path) -> None:
         ("python", toolchain.python_include),
     ):
         _link(work / "include" / name, include)
-    ninja_file = work / "build.ninja"
-    ninja_file.write_text(ninja_text(toolchain, work.relative_to(ROOT).as_posix()), encoding="utf-8")
+    (work / "build.ninja").write_text(ninja_text(toolchain, cuda, work.relative_to(ROOT).as_posix()), encoding="utf-8")
     log(f"building with {toolchain.compiler_version}, torch {toolchain.torch.version} headers")
-    command = [toolchain.ninja, "-f", str(ninja_file.relative_to(ROOT)), "-j", str(max_jobs())]
-    if subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False).returncode:
+    if cuda:
+        log(f"building the CUDA library with nvcc {cuda.version} for {' '.join(cuda.architectures)}")
+    with_cuda = cuda is not None
+    done = _run_ninja(toolchain, work, "-k", "0" if with_cuda else "1")
+    if not done and with_cuda and _run_ninja(toolchain, work, *(f"{work.relative_to(ROOT)}/{x}" for x in LIBRARIES)):
+        if build_mode() == "cuda":
+            raise fail("the CUDA kernels do not compile, see above; DANET_BUILD=cpu installs without them")
+        log("WARNING: installing without the CUDA kernels, which do not compile, see above")
+        done, with_cuda = True, False
+    if not done:
         raise fail("the C++ extension does not compile, see above; DANET_BUILD=python installs without it")
     package.mkdir(parents=True, exist_ok=True)
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *([CUDA_LIBRARY] if with_cuda else [])):
         # Replaced, not overwritten: a running process may have the old library mapped.
         shutil.copy2(work / name, package / f"{name}.new")
         os.replace(package / f"{name}.new", package / name)
+    if not with_cuda:
+        (package / CUDA_LIBRARY).unlink(missing_ok=True)
+    return with_cuda
+
+
+def _run_ninja(toolchain: Toolchain, work: Path, *arguments: str) -> bool:
+    ninja_file = (work / "build.ninja").relative_to(ROOT)
+    command = [toolchain.ninja, "-f", str(ninja_file), "-j", str(max_jobs()), *arguments]
+    return subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False).returncode == 0
 
 
 def remove_libraries(package: Path) -> None:
@@ -90,12 +115,12 @@ def _link(link: Path, target: Path) -> None:
     link.symlink_to(target, target_is_directory=True)
 
 
-def ninja_text(toolchain: Toolchain, work: str) -> str:
+def ninja_text(toolchain: Toolchain, cuda: CudaToolchain | None, work: str) -> str:
     """The ninja file; its paths are relative to the project root, where ninja runs."""
     kernels = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
     plans = ["csrc/plan.cpp", "csrc/channel_plan.cpp"]
     cpu_sources = ["csrc/ops_cpu.cpp", *plans, *kernels]
-    module_sources = ["csrc/module.cpp", *plans, "csrc/cpu/features.cpp"]
+    module_sources = ["csrc/module.cpp", *plans, *danet_build_cuda.plan_sources(), "csrc/cpu/features.cpp"]
     stub = f"{work}/stub/libtorch_cpu.so"
     # gcc alone would resolve the links to the headers, and error messages would show paths of this machine.
     path_flag = "" if "clang" in toolchain.compiler_version else " -fno-canonical-system-headers"
@@ -117,7 +142,7 @@ def ninja_text(toolchain: Toolchain, work: str) -> str:
         # The library must name libtorch_cpu.so as a dependency, or the loader finds none of torch's symbols.
         # Linking to an empty library of that name is enough: at run time it is the one torch has loaded.
         "rule stub",
-        "  command = $cxx -shared -nostdlib -Wl,-soname,libtorch_cpu.so -x c++ /dev/null -o $out",
+        "  command = $cxx -shared -nostdlib -Wl,-soname,$$(basename $out) -x c++ /dev/null -o $out",
         "  description = link $out",
         f"build {stub}: stub",
     ]
@@ -129,9 +154,10 @@ def ninja_text(toolchain: Toolchain, work: str) -> str:
         f"build {work}/{CPU_LIBRARY}: link {_objects(work, cpu_sources)} | {stub}",
         f"  libraries = -L{work}/stub -Wl,--no-as-needed -ltorch_cpu -Wl,--as-needed",
         f"build {work}/{MODULE}: link {_objects(work, module_sources)}",
-        "",
     ]
-    return "\n".join(lines)
+    if cuda:
+        lines += danet_build_cuda.ninja_lines(cuda, work, _debug(), _quote)
+    return "\n".join([*lines, ""])
 
 
 def _objects(work: str, sources: list[str]) -> str:
@@ -144,20 +170,31 @@ def _quote(word: str) -> str:
     return quoted.replace("$", "$$")
 
 
-def write_build_info(package: Path, version: str, toolchain: Toolchain | None, reason: str | None) -> None:
-    """Record the build for `python -m danet_kernels.info`; `reason` says why there is no C++ extension."""
+def write_build_info(
+    package: Path,
+    version: str,
+    toolchain: Toolchain | None,
+    reason: str | None,
+    cuda: CudaToolchain | None,
+    cuda_reason: str | None,
+) -> None:
+    """Record the build for `python -m danet_kernels.info`; the reasons say why there is no such library."""
     date = time.gmtime(int(os.environ.get("SOURCE_DATE_EPOCH", time.time())))
     info = {
         "version": version,
         "commit": _commit(),
         "danet_build": build_mode(),
         "cpu_library": toolchain is not None,
+        "cuda_library": cuda is not None,
         "torch_headers": toolchain and toolchain.torch.version,
         "target_abi": TARGET_ABI,
         "compiler": toolchain and toolchain.compiler_version,
         "flags": variant()[1] if toolchain else None,
+        "nvcc": cuda and cuda.version,
+        "cuda_archs": list(cuda.architectures) if cuda else [],
+        "cuda_source_hash": danet_build_cuda.source_hash() if cuda else None,
         "sanitize": list(sanitizers()) if toolchain else [],
-        "reasons": {"native": reason},
+        "reasons": {"native": reason, "cuda": cuda_reason},
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", date),
     }
     package.mkdir(parents=True, exist_ok=True)

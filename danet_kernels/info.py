@@ -21,7 +21,7 @@ import torch
 
 import danet_kernels
 
-from .backends import BACKENDS, OPS, native, requested
+from .backends import BACKENDS, OPS, cuda, native, requested
 from .proven import status
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -40,6 +40,8 @@ ENVIRONMENT = (
     "MAX_JOBS",
     "CXX",
     "CUDA_HOME",
+    "CUDA_PATH",
+    "NVCC_CCBIN",
     "CUDA_VISIBLE_DEVICES",
     "TORCH_CUDA_ARCH_LIST",
     "TRITON_INTERPRET",
@@ -57,10 +59,14 @@ _BUILD_KEYS = (
     "date",
     "danet_build",
     "cpu_library",
+    "cuda_library",
     "torch_headers",
     "target_abi",
     "compiler",
     "flags",
+    "nvcc",
+    "cuda_archs",
+    "cuda_source_hash",
     "sanitize",
     "reasons",
 )
@@ -164,22 +170,27 @@ def _devices() -> tuple[str, ...]:
 
 
 def _libraries() -> dict[str, Any]:
-    library = _PACKAGE / "_danet_cpu.so"
-    reasons = native.why_not(OPS[0])
     module = _attempt(lambda: import_module("danet_kernels._C").__file__)
     failed = isinstance(module, dict)
     return {
         "package": str(_PACKAGE),
-        "cpu": {
-            "path": str(library) if library.exists() else None,
-            "loaded": str(library) in torch.ops.loaded_libraries,
-            "reason": "; ".join(reasons) or None,
-        },
+        "cpu": _library("_danet_cpu.so", native.why_not(OPS[0])),
+        "cuda": _library("_danet_cuda.so", cuda.why_not(OPS[0])),
         "_C": {
             "path": None if failed else module,
             "loaded": not failed,
             "reason": module["error"] if failed else None,
         },
+    }
+
+
+def _library(name: str, reasons: list[str]) -> dict[str, Any]:
+    """`reasons`: why the kernels in it do not run."""
+    path = _PACKAGE / name
+    return {
+        "path": str(path) if path.exists() else None,
+        "loaded": str(path) in torch.ops.loaded_libraries,
+        "reason": "; ".join(reasons) or None,
     }
 
 

@@ -143,10 +143,11 @@ def test_no_torch_is_fetched_where_nothing_can_compile(target):
         env.find_toolchain()
 
 
-def test_an_extension_that_is_demanded_needs_a_compiler(target, monkeypatch):
+@pytest.mark.parametrize("mode", ["cpu", "cuda"])
+def test_an_extension_that_is_demanded_needs_a_compiler(target, monkeypatch, mode):
     remove_compiler(target)
-    monkeypatch.setenv("DANET_BUILD", "cpu")
-    with pytest.raises(SystemExit, match=r"DANET_BUILD=cpu, but no C\+\+ compiler"):
+    monkeypatch.setenv("DANET_BUILD", mode)
+    with pytest.raises(SystemExit, match=rf"DANET_BUILD={mode}, but no C\+\+ compiler"):
         env.build_requirements()
 
 
@@ -165,7 +166,6 @@ def test_a_wrong_cxx_is_not_replaced_by_another_compiler(target, monkeypatch):
     ("variable", "value", "read", "message"),
     [
         ("DANET_BUILD", "rust", env.build_mode, "one of auto, cpu, cuda, python, got 'rust'"),
-        ("DANET_BUILD", "cuda", env.build_mode, "no CUDA sources"),
         ("DANET_SANITIZE", "address,memory", env.sanitizers, "got memory"),
         ("MAX_JOBS", "0", env.max_jobs, "positive whole number, got '0'"),
         ("MAX_JOBS", "two", env.max_jobs, "positive whole number, got 'two'"),
@@ -202,7 +202,7 @@ def test_the_ninja_file_is_portable(target):
         pybind11_version="3.0",
         torch=env.TorchHeaders(target, "2.13.0"),
     )
-    text = native.ninja_text(toolchain, "build/here")
+    text = native.ninja_text(toolchain, None, "build/here")
     assert "cxx = '/opt/my tools/g++'" in text
     assert "-march" not in text
     assert str(native.ROOT) not in text
@@ -214,15 +214,16 @@ def test_the_ninja_file_is_portable(target):
 def test_a_build_without_cpp_records_why_and_leaves_no_library(target, tmp_path):
     package = tmp_path / "package"
     package.mkdir()
-    for name in (*native.LIBRARIES, "functional.py"):
+    for name in (*native.LIBRARIES, native.CUDA_LIBRARY, "functional.py"):
         (package / name).touch()
     native.remove_libraries(package)
-    native.write_build_info(package, "1.2.3", None, "no C++ compiler: none")
+    native.write_build_info(package, "1.2.3", None, "no C++ compiler: none", None, "no C++ compiler: none")
     assert sorted(path.name for path in package.iterdir()) == ["_build_info.json", "functional.py"]
     info = json.loads((package / "_build_info.json").read_text())
     assert info["version"] == "1.2.3"
     assert info["cpu_library"] is False
-    assert info["reasons"] == {"native": "no C++ compiler: none"}
+    assert info["cuda_library"] is False
+    assert info["reasons"] == dict.fromkeys(("native", "cuda"), "no C++ compiler: none")
     assert info["torch_headers"] is None
     assert info["sanitize"] == []
 
@@ -231,11 +232,13 @@ def test_a_build_without_cpp_records_why_and_leaves_no_library(target, tmp_path)
 def test_the_build_info_of_this_build():
     info = json.loads((PACKAGE / native.BUILD_INFO).read_text())
     assert set(info) == {
-        "version", "commit", "danet_build", "cpu_library", "torch_headers", "target_abi", "compiler", "flags",
-        "sanitize", "reasons", "date",
+        "version", "commit", "danet_build", "cpu_library", "cuda_library", "torch_headers", "target_abi", "compiler",
+        "flags", "nvcc", "cuda_archs", "cuda_source_hash", "sanitize", "reasons", "date",
     }  # fmt: skip
     assert info["cpu_library"] == CPU_LIBRARY.exists()
-    assert (info["reasons"]["native"] is None) == info["cpu_library"]
+    assert info["cuda_library"] == (PACKAGE / native.CUDA_LIBRARY).exists()
+    for name, library in (("native", "cpu_library"), ("cuda", "cuda_library")):
+        assert (info["reasons"][name] is None) == info[library]
     assert info["target_abi"] == "2.10"
 
 
