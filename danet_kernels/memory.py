@@ -12,7 +12,7 @@ import torch
 from . import backends
 from ._checks import DTYPE_NAMES, DTYPES
 from ._layout import accumulator_dtype
-from .backends import native
+from .backends import cuda, native
 from .backends.triton import channel_attention_plan as plan
 from .backends.triton import configs
 from .proven import is_subject_to_proof
@@ -74,9 +74,9 @@ def memory_estimate(
         device: "cpu", or an NVIDIA GPU from Ampere on, which need not be there.
 
     The figures of the CPU kernels come from the plans that the kernels themselves follow; their scratch depends on
-    torch.get_num_threads(). Those of the Triton kernels are estimates for contiguous inputs, their workspace depends on
-    the number of multiprocessors (132 where there is no GPU). Raises ValueError for an unknown op, backend or
-    impossible shape, TypeError for the dtype.
+    torch.get_num_threads(). Those of the Triton and CUDA kernels are estimates for contiguous inputs, their workspace
+    depends on the number of multiprocessors (132 where there is no GPU). Raises ValueError for an unknown op, backend
+    or impossible shape, TypeError for the dtype.
     """
     if op not in backends.OPS:
         raise ValueError(f"unknown op {op!r}, expected one of {', '.join(map(repr, backends.OPS))}")
@@ -105,16 +105,19 @@ def memory_estimate(
 
 
 def _automatic(op: str, D: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The backend that "auto" takes, if it is not kept from Triton's kernels."""
+    """The backend that "auto" takes, if it is not kept from the kernels for GPUs."""
     if device.type != "cuda":
         return next(
             name
             for name, module in backends.BACKENDS.items()
             if not is_subject_to_proof(module) and not module.why_not(op)
         )
+    if dtype == torch.float64:
+        return "eager"
     largest = configs.FP32_LARGEST_D if dtype == torch.float32 else configs.LARGEST_D
-    has_kernels = dtype != torch.float64 and (op != "position_attention" or largest >= D)
-    return "triton" if has_kernels else "eager"
+    if op != "position_attention" or largest >= D:
+        return "triton"
+    return "cuda" if cuda.is_built() and cuda.LARGEST_D >= D else "eager"
 
 
 def _position_items(
@@ -137,8 +140,10 @@ def _position_items(
         items["gradients"] = B * (D * (M + N) + C * N) * size
     if backend == "triton":
         return items | _triton_position_workspace(B, C, D, M, N, size, training)
+    if backend == "cuda":
+        return items | _cuda_position_workspace(B, C, D, M, N, dtype, training)
     if backend == "native":
-        arguments = B, C, D, M, N, str(dtype).removeprefix("torch."), torch.get_num_threads()
+        arguments = B, C, D, M, N, _name(dtype), torch.get_num_threads()
         forward = native.plans().position_forward_workspace(*arguments)
         backward = native.plans().position_backward_workspace(*arguments) if training else 0
     else:
@@ -158,8 +163,14 @@ def _channel_items(
         items["gradients"] = B * C * N * size
     if backend == "triton":
         return items | _triton_channel_workspace(B, C, N, size, training)
+    if backend == "cuda":
+        workspace = native.plans().channel_cuda_workspace(B, C, N, _name(dtype), training, _processors())
+        if training:
+            items["delta"] = B * C * 4  # of the whole batch, whose images go in parts
+            workspace -= items["delta"]
+        return items | {"workspace": workspace, "packed copies": _packed_lines(B * C, N, size) * (1 + training)}
     if backend == "native":
-        arguments = B, C, N, str(dtype).removeprefix("torch."), torch.get_num_threads()
+        arguments = B, C, N, _name(dtype), torch.get_num_threads()
         forward = native.plans().channel_forward_workspace(*arguments)
         backward = native.plans().channel_backward_workspace(*arguments) if training else 0
     else:
@@ -178,6 +189,21 @@ def _triton_position_workspace(B: int, C: int, D: int, M: int, N: int, size: int
         items["fp32 sums of dquery and dkey"] = B * D * (_whole_tiles(M) + _whole_tiles(N)) * 4
     packed = _packed(B * D, M, size) + _packed(B * (C + D), N, size)  # query, key and value
     return items | {"packed copies": packed + (_packed(B * C, M, size) if training else 0)}
+
+
+def _cuda_position_workspace(
+    B: int, C: int, D: int, M: int, N: int, dtype: torch.dtype, training: bool
+) -> dict[str, int]:
+    """What csrc/ops_cuda.cpp allocates beside the results, where the gradients need not be deterministic."""
+    size, packed = dtype.itemsize, 0
+    items = {}
+    if training:
+        splits = native.plans().position_cuda_splits(B, N, M, D, _name(dtype), _processors())
+        items["delta"] = B * M * 4
+        items["fp32 sums of dquery and dkey"] = B * D * (M + N * (splits + (splits > 1))) * 4  # and the sum of those
+        packed = _packed_lines(B * C, M, size)  # dout
+    packed += _packed_lines(B * D, M, size) + _packed_lines(B * (C + D), N, size)  # query, key and value
+    return items | {"packed copies": packed}
 
 
 def _triton_channel_workspace(B: int, C: int, N: int, size: int, training: bool) -> dict[str, int]:
@@ -202,9 +228,18 @@ def _whole_tiles(positions: int) -> int:
     return -(-positions // _TILE) * _TILE
 
 
-def _packed(rows: int, positions: int, size: int) -> int:
+def _packed(rows: int, positions: int, size: int, multiple: int = 16) -> int:
     """Bytes of the copy of a tensor whose rows do not begin at multiples of 16 bytes."""
-    return rows * (-(-positions // 16) * 16) * size if positions * size % 16 else 0
+    return rows * (-(-positions // multiple) * multiple) * size if positions * size % 16 else 0
+
+
+def _packed_lines(lines: int, length: int, size: int) -> int:
+    """The same for the CUDA kernels, whose copies are no longer than they must be."""
+    return _packed(lines, length, size, multiple=16 // size)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _mebibytes(size: int) -> str:

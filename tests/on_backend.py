@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import cuda_host_build
 import pytest
 import torch
 from torch import Tensor
@@ -14,16 +15,31 @@ from torch._subclasses import FakeTensor
 import danet_kernels
 from danet_kernels import backends
 
-BACKENDS = ("eager", "native", "triton")
 CPU_BACKENDS = ("eager", "native")
+GPU_BACKENDS = ("triton", "cuda")
+BACKENDS = (*CPU_BACKENDS, *GPU_BACKENDS)
 
 INTERPRETED = not torch.cuda.is_available()
-"""Whether the Triton kernels are interpreted (conftest.py), some 10^4 times slower than a GPU runs them."""
+"""Whether the kernels for GPUs run on the CPU, some 10^4 times slower: Triton's in its interpreter (conftest.py), those
+of CUDA C++ compiled by g++ (below)."""
+
+
+_not_compiled = []  # reasons why the CUDA kernels do not run without a GPU
+if INTERPRETED:
+    try:
+        backends.cuda.load_host_library(cuda_host_build.library())  # compiled once for all sessions
+    except cuda_host_build.NoCompiler as error:
+        _not_compiled.append(f"they are not compiled for the CPU either: {error}")
 
 
 def device_of(backend: str) -> str:
     """Where the tests run a backend."""
-    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+    return "cuda" if backend in GPU_BACKENDS and not INTERPRETED else "cpu"
+
+
+def is_slow(backend: str) -> bool:
+    """Whether its kernels are for GPUs, and here is none."""
+    return backend in GPU_BACKENDS and INTERPRETED
 
 
 def on_tensor_cores(backend: str) -> bool:
@@ -36,6 +52,7 @@ def backend_params(*names: str) -> list[Any]:
     params = []
     for name in names:
         reasons = danet_kernels.available_backends("position_attention")[name]
+        reasons += _not_compiled * (name == "cuda")
         skip = [pytest.mark.skip(reason=f"backend {name}: {'; '.join(reasons)}")] if reasons else []
         params.append(pytest.param(name, marks=skip))
     return params
@@ -44,27 +61,30 @@ def backend_params(*names: str) -> list[Any]:
 for_each_backend = pytest.mark.parametrize("backend", backend_params(*BACKENDS))
 for_each_cpu_backend = pytest.mark.parametrize("backend", backend_params(*CPU_BACKENDS))
 for_each_quick_backend = pytest.mark.parametrize("backend", backend_params(*CPU_BACKENDS if INTERPRETED else BACKENDS))
-"""For large sizes: without the Triton kernels where they would be interpreted."""
+"""For large sizes: without the kernels for GPUs where there is none."""
 
 
-def for_each_case(cases: Sequence[Any], triton_cases: Sequence[Any], name: str = "case") -> pytest.MarkDecorator:
-    """Parameters `name` and "backend": every case on the CPU backends, and those given for the Triton kernels.
+def for_each_case(cases: Sequence[Any], gpu_cases: Sequence[Any], name: str = "case") -> pytest.MarkDecorator:
+    """Parameters `name` and "backend": every case on the CPU backends, and those given for the kernels for GPUs.
 
     The backends take turns on a case, so that what is computed for it once can be kept.
     """
     params = []
-    for case in dict.fromkeys((*cases, *triton_cases)):
-        names = [*CPU_BACKENDS] * (case in cases) + ["triton"] * (case in triton_cases)
+    for case in dict.fromkeys((*cases, *gpu_cases)):
+        names = [*CPU_BACKENDS] * (case in cases) + [*GPU_BACKENDS] * (case in gpu_cases)
         for param in backend_params(*names):
             params.append(pytest.param(case, *param.values, marks=param.marks, id=f"{case}-{param.values[0]}"))
     return pytest.mark.parametrize((name, "backend"), params)
 
 
 def has_kernels(parameters: Mapping[str, Any]) -> bool:
-    """Whether there is something to test: the Triton kernels have no fp64 (test_triton.py sees that they refuse it)."""
+    """Whether there is something to test: the kernels for GPUs have no fp64, which test_triton.py and test_cuda.py see
+    them refuse."""
     given = [parameters.get(name) for name in ("dtype", "case", "kind")]
     names = [str(getattr(value, "dtype", value)) for value in given]
-    return parameters.get("backend") != "triton" or not any(re.match(r"fp64|torch\.float64", name) for name in names)
+    return parameters.get("backend") not in GPU_BACKENDS or not any(
+        re.match(r"fp64|torch\.float64", name) for name in names
+    )
 
 
 def moved(tensor: Tensor, device: str) -> Tensor:

@@ -1,15 +1,15 @@
 """Small inputs for the tests of modes and transforms, where the numbers are not the point."""
 
 import torch
-from on_backend import device_of
+from on_backend import GPU_BACKENDS, device_of
 from torch import Tensor
 
 from danet_kernels import channel_attention, position_attention
 
 
 def dtype_of(backend: str) -> torch.dtype:
-    """The widest that the backend has: fp64, but for the Triton kernels."""
-    return torch.float32 if backend == "triton" else torch.float64
+    """The widest that the backend has: fp64, but for those for GPUs."""
+    return torch.float32 if backend in GPU_BACKENDS else torch.float64
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -49,8 +49,8 @@ def test_auto_takes_the_first_that_can_run(ran, monkeypatch):
     assert ran == ["native", "eager"]
 
 
-def test_the_order_is_native_then_triton_then_eager():
-    assert list(available_backends("position_attention")) == ["native", "triton", "eager"]
+def test_the_order_of_the_backends():
+    assert list(available_backends("position_attention")) == ["native", "triton", "cuda", "eager"]
 
 
 def test_argument_beats_context_beats_environment(ran, monkeypatch):
@@ -162,6 +162,7 @@ def test_available_backends_looks_at_the_inputs():
     assert reasons["eager"] == []
     assert any("not for meta" in reason for reason in reasons["native"])
     assert any("not on meta" in reason or "not installed" in reason for reason in reasons["triton"])
+    assert any("not on meta" in reason for reason in reasons["cuda"])
     query = torch.empty(1, 2, 3)
     with_inputs = available_backends("position_attention", query, query, query, None, None)
     assert {name: with_inputs[name] for name in CPU_BACKENDS} == {

@@ -11,7 +11,7 @@ from cases import (
     Problem,
     arrange,
 )
-from on_backend import INTERPRETED, backend_params, for_each_backend
+from on_backend import backend_params, for_each_backend, is_slow
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -51,7 +51,7 @@ def test_twenty_repeats(case, backend):
     """One where they are interpreted, one program after the other."""
     problem = case.problem()
     expected = problem.run(backend)
-    for repeat in range(1 if backend == "triton" and INTERPRETED else 20):
+    for repeat in range(1 if is_slow(backend) else 20):
         assert not differing(problem.run(backend), expected), f"repeat {repeat}"
 
 

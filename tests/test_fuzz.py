@@ -22,7 +22,7 @@ from cases import (
     gamma_tensor,
     name_of,
 )
-from on_backend import INTERPRETED, for_each_case, on_tensor_cores
+from on_backend import for_each_case, is_slow, on_tensor_cores
 from tolerance import HAS_LONG_DOUBLE, assert_follows_error_rule, yardsticks
 
 from danet_kernels._error_rule import Yardstick
@@ -82,7 +82,7 @@ def draw(seed: int, small: bool = False) -> Problem:
 
 @for_each_case(SEEDS, TRITON_SEEDS, "seed")
 def test_fuzz(seed, backend):
-    problem, allowed = prepared(seed, small=backend == "triton" and INTERPRETED)
+    problem, allowed = prepared(seed, small=is_slow(backend))
     if not HAS_LONG_DOUBLE and any(tensor.dtype == torch.float64 for tensor in problem.tensors.values()):
         pytest.skip("fp64 needs a long double wider than double to be judged")
     assert_follows_error_rule(problem, problem.run(backend), allowed, on_tensor_cores(backend))

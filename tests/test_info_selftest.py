@@ -34,7 +34,8 @@ def pure_python(tmp_path):
     """A directory with a copy of the package as a build without a compiler leaves it."""
     copy = tmp_path / "danet_kernels"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    build = {"version": "0.1.0", "danet_build": "auto", "cpu_library": False, "reasons": {"native": NO_COMPILER}}
+    build = {"version": "0.1.0", "danet_build": "auto", "cpu_library": False}
+    build["reasons"] = dict.fromkeys(("native", "cuda"), NO_COMPILER)
     (copy / "_build_info.json").write_text(json.dumps(build))
     # Without it, the import hook of an editable install would serve the module of the source tree.
     (copy / "_C.py").write_text("raise ImportError('there is no _C')")
@@ -61,6 +62,7 @@ def test_info_tells_what_runs():
         assert facts["proven"][op]["cpu"] == {
             "native": "proven by the tests of this project",
             "triton": 'for GPUs: never taken by "auto" here',
+            "cuda": 'for GPUs: never taken by "auto" here',
             "eager": "proven by the tests of this project",
         }
     loaded = not danet_kernels.available_backends("position_attention")["native"]
@@ -85,6 +87,9 @@ def test_info_without_extension(pure_python):
     assert reasons["native"] == [f"the C++ extension is not built ({NO_COMPILER})"]
     assert facts["libraries"]["package"] == str(pure_python / "danet_kernels")
     assert facts["libraries"]["cpu"] == {"path": None, "loaded": False, "reason": reasons["native"][0]}
+    cuda = facts["libraries"]["cuda"]
+    assert (cuda["path"], cuda["loaded"]) == (None, False)
+    assert f"the CUDA extension is not built ({NO_COMPILER})" in cuda["reason"]
     assert facts["cpu"]["features"] == {"error": "ImportError: there is no _C"}
     assert facts["libraries"]["_C"] == {"path": None, "loaded": False, "reason": "ImportError: there is no _C"}
     facts["cpu"]["features"] = info.collect()["cpu"]["features"]  # the only place where the keys may differ
@@ -145,8 +150,9 @@ def test_info_survives_a_fact_that_cannot_be_found_out(monkeypatch, capsys):
 
 @pytest.fixture
 def few_cases(monkeypatch):
-    """The self-test on three cases per operator, without the Triton kernels, which are slow in the interpreter."""
+    """The self-test on three cases per operator, without the kernels for GPUs, which are slow on a CPU."""
     monkeypatch.delitem(BACKENDS, "triton")
+    monkeypatch.delitem(BACKENDS, "cuda")
     few = {op: (cases[1], cases[3], cases[5]) for op, cases in selftest.CASES.items()}
     monkeypatch.setattr(selftest, "CASES", few)
 
@@ -158,7 +164,7 @@ def test_selftest_passes_in_time():
     for op, results in {"position_attention": 6, "channel_attention": 3}.items():
         tables = [block for block in printed.split("\n\n") if block.startswith(f"{op} on cpu") and "fp32  " in block]
         reasons = danet_kernels.available_backends(op, *[torch.empty(1, 8, 1)] * 3)
-        runs = [name for name in reasons if not reasons[name]]
+        runs = [name for name in reasons if not reasons[name] and name != "cuda"]  # whose kernels the tests alone load
         assert [table.split()[3] for table in tables] == runs
         assert [len(table.splitlines()) for table in tables] == [1 + results] * len(runs)
         refusals = [line for line in printed.splitlines() if line.startswith(f"{op} on cpu") and "does not run" in line]
@@ -167,7 +173,7 @@ def test_selftest_passes_in_time():
             *(f"{name}:" for name in reasons.keys() - set(runs)),
         }
         if "triton" in runs:
-            assert [line.partition("does not run: ")[2] for line in refusals] == [
+            assert [line.partition("does not run: ")[2] for line in refusals if line.split()[3] == "triton:"] == [
                 "the 16-bit kernels need what Triton's interpreter lacks: products of bf16, descriptors that add",
                 "fp64 has no Triton kernels",
                 f"only the first {selftest.INTERPRETED} cases, as Triton's interpreter is slow",

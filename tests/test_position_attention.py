@@ -148,7 +148,7 @@ def test_huge_logits(dtype, backend):
     problem.tensors["key"][:, :, 77] = 40 * problem.tensors["query"][:, :, 9].sign()
     problem.tensors["query"][:, :, 9] = problem.tensors["key"][:, :, 77]
     logits = problem.tensors["query"].double().mT @ problem.tensors["key"].double()
-    assert logits.max() > 1e5
+    assert logits.max() > 9e4
     assert_follows_error_rule(problem, problem.run(backend), yardsticks(problem), on_tensor_cores(backend))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from on_backend import INTERPRETED, device_of, for_each_backend, moved
+from on_backend import backend_params, device_of, for_each_backend, is_slow, moved
 from small import randn, randn_for, randn_like
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -39,6 +39,15 @@ SCHEMAS = {
     "-> (Tensor out, Tensor row_max, Tensor row_sum)",
     "channel_attention_backward_native": "(Tensor dout, Tensor x, Tensor? gamma, Tensor row_max, Tensor row_sum, "
     "bool official, bool residual, bool needs_x, bool needs_gamma) -> (Tensor dx, Tensor dgamma)",
+    "position_attention_forward_cuda": "(Tensor query, Tensor key, Tensor value, Tensor? residual, Tensor? gamma, "
+    "float scale, bool needs_attn, bool tf32) -> (Tensor out, Tensor attn, Tensor lse)",
+    "position_attention_backward_cuda": "(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor attn, "
+    "Tensor lse, Tensor? gamma, float scale, bool needs_query, bool needs_key, bool needs_value, bool needs_gamma, "
+    "Tensor? magnify, bool deterministic, bool tf32) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dgamma)",
+    "channel_attention_forward_cuda": "(Tensor x, Tensor? gamma, bool official, bool residual, bool tf32) "
+    "-> (Tensor out, Tensor row_max, Tensor row_sum)",
+    "channel_attention_backward_cuda": "(Tensor dout, Tensor x, Tensor? gamma, Tensor row_max, Tensor row_sum, "
+    "bool official, bool residual, bool needs_x, bool needs_gamma, bool tf32) -> (Tensor dx, Tensor dgamma)",
 }
 
 
@@ -165,7 +174,7 @@ def test_fake_kernels_return_the_real_strides(layout, dtype, backend):
     """Also where a dimension is 1, so that two layouts look alike."""
     mode = FakeTensorMode()
     sizes = list(itertools.product((1, 2), (1, 3), (1, 4), (1, 5)))
-    for d, channels, queries, keys in sizes[:: 5 if backend == "triton" and INTERPRETED else 1]:
+    for d, channels, queries, keys in sizes[:: 5 if is_slow(backend) else 1]:
         query, key = (layout(2, d, count, seed=0, dtype=dtype) for count in (queries, keys))
         value = layout(2, channels, keys, seed=1, dtype=dtype)
         gamma = torch.tensor(0.5, dtype=torch.float64)
@@ -188,35 +197,28 @@ def test_fake_kernels_return_the_real_strides(layout, dtype, backend):
         assert described(fake) == described(real), (d, channels, queries, keys)
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEMAS if name.endswith("_native")])
-def test_internal_operators_neither_change_nor_return_their_inputs(name):
+INTERNAL = {"native": ((), ()), "cuda": ((None, False, False), (False,))}
+"""Backends with operators of their own, and what these take at their end besides: backward of position attention, all
+others."""
+
+
+@pytest.mark.parametrize("op", [name.removesuffix("_native") for name in SCHEMAS if name.endswith("_native")])
+@pytest.mark.parametrize("backend", backend_params(*INTERNAL))
+def test_internal_operators_neither_change_nor_return_their_inputs(op, backend):
     """They are called below autograd and have no fake kernels, so opcheck looks at the schema alone."""
-    if reasons := available_backends("position_attention")["native"]:
-        pytest.skip("; ".join(reasons))
-    query, key, value, residual, gamma = detached(position_inputs("more_keys"))
-    gamma = torch.tensor([0.5])
-    out, attn, lse = OPS.position_attention_forward_native(query, key, value, residual, gamma, 0.7, True)
-    result, row_max, row_sum = OPS.channel_attention_forward_native(value, gamma, True, True)
+    query, key, value, residual, gamma = on_device_of(backend, detached(position_inputs("more_keys")))
+    gamma = torch.tensor([0.5], device=query.device)
+    last, more = INTERNAL[backend]
+    position, channel = (getattr(OPS, f"{name}_attention_forward_{backend}") for name in ("position", "channel"))
+    out, attn, lse = position(query, key, value, residual, gamma, 0.7, True, *more)
+    result, row_max, row_sum = channel(value, gamma, True, True, *more)
     arguments = {
-        "position_attention_forward_native": (query, key, value, residual, gamma, 0.7, True),
-        "position_attention_backward_native": (
-            out,
-            query,
-            key,
-            value,
-            attn,
-            lse,
-            gamma,
-            0.7,
-            True,
-            True,
-            True,
-            True,
-        ),
-        "channel_attention_forward_native": (value, gamma, True, True),
-        "channel_attention_backward_native": (result, value, gamma, row_max, row_sum, True, True, True, True),
-    }[name]
-    opcheck(getattr(OPS, name).default, arguments, test_utils="test_schema")
+        "position_attention_forward": (query, key, value, residual, gamma, 0.7, True, *more),
+        "position_attention_backward": (out, query, key, value, attn, lse, gamma, 0.7, *[True] * 4, *last),
+        "channel_attention_forward": (value, gamma, True, True, *more),
+        "channel_attention_backward": (result, value, gamma, row_max, row_sum, *[True] * 4, *more),
+    }[op]
+    opcheck(getattr(OPS, f"{op}_{backend}").default, arguments, test_utils="test_schema")
 
 
 # ---- scalars: fp64 where the backend has it, so that a wrong one cannot hide behind rounding
@@ -303,21 +305,23 @@ def test_forward_operators_have_an_autograd_formula():
 @pytest.mark.parametrize("name", [name for name in SCHEMAS if not name.endswith("forward")])
 def test_operators_without_a_formula_raise(name):
     """Left alone, torch would run the backward pass with a warning and leave the gradients out."""
-    if name.endswith("_native") and (reasons := available_backends("position_attention")["native"]):
+    op, _, backend = name.rpartition("_")
+    if backend in INTERNAL and (reasons := available_backends("position_attention")[backend]):
         pytest.skip("; ".join(reasons))
-    query, key, value, residual, gamma, dout = wide_inputs()
-    _, attn, lse = OPS.position_attention_forward(query, key, value, residual, gamma, 1.0, True, "auto")
-    _, row_max, row_sum = OPS.channel_attention_forward(value, gamma, "official", True, "auto")
+    query, key, value, residual, gamma, dout = wide_inputs(backend if backend in INTERNAL else "eager")
+    _, attn, lse = OPS.position_attention_forward(query, key, value, residual, gamma, 1.0, True, "eager")
+    _, row_max, row_sum = OPS.channel_attention_forward(value, gamma, "official", True, "eager")
     position = (dout, query, key, value, attn, lse, gamma, 1.0, *(True,) * 4)
     channel = (value, value, gamma, row_max, row_sum)
+    last, more = INTERNAL.get(backend, ((), ()))
     arguments = {
-        "position_attention_forward_native": (query, key, value, residual, gamma, 1.0, True),
-        "position_attention_backward_native": position,
-        "position_attention_backward": (*position, "auto"),
-        "channel_attention_forward_native": (value, gamma, True, True),
-        "channel_attention_backward_native": (*channel, *(True,) * 4),
-        "channel_attention_backward": (*channel, "official", True, True, True, "auto"),
-    }[name]
+        "position_attention_forward": (query, key, value, residual, gamma, 1.0, True, *more),
+        "position_attention_backward": (*position, *last),
+        "position_attention": (*position, "auto"),
+        "channel_attention_forward": (value, gamma, True, True, *more),
+        "channel_attention_backward": (*channel, *(True,) * 4, *more),
+        "channel_attention": (*channel, "official", True, True, True, "auto"),
+    }[op]
     value.requires_grad_()
     results = getattr(OPS, name)(*arguments)
     with pytest.raises(NotImplementedError, match=r"not implemented|no second derivative"):

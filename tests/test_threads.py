@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_backend import INTERPRETED, device_of, for_each_backend, for_each_cpu_backend
+from on_backend import device_of, for_each_backend, for_each_cpu_backend, is_slow
 
 import danet_kernels
 from danet_kernels import channel_attention, position_attention
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("deterministic")
 
 def size_of_map(backend: str) -> int:
     """Height and width; interpreted kernels run one after the other anyway."""
-    return 6 if backend == "triton" and INTERPRETED else 24
+    return 6 if is_slow(backend) else 24
 
 
 def step(backend: str, seed: int) -> list[torch.Tensor]:

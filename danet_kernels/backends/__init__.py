@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from .. import proven
-from . import eager, native, triton
+from . import cuda, eager, native, triton
 
-BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "eager": eager}
+BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "cuda": cuda, "eager": eager}
 """By name, in the order in which "auto" tries them."""
 
 OPS = ("position_attention", "channel_attention")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._nvidia import capability as _capability
+from .._nvidia import too_old
 from . import configs
 
 OLDEST_TRITON = (3, 6)
-OLDEST_ARCHITECTURE = 80
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 """Whether kernels run in Triton's interpreter, on CPU tensors: triton reads the variable when kernels are defined."""
@@ -28,7 +29,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 TENSOR_CORES = True
 """Operands of matrix products are rounded for the tensor cores; _error_rule.py says what that allows."""
 
-_SHARED_SOURCES = ("configs.py", "launch.py", "operands.py", "tiles.py", "tuning.py")
+_SHARED_SOURCES = ("../_nvidia.py", "configs.py", "launch.py", "operands.py", "tiles.py", "tuning.py")
 
 
 def why_not(op: str, *inputs: Tensor) -> list[str]:
@@ -85,15 +86,7 @@ def _missing() -> str | None:
 
 def _device_reasons(device: torch.device) -> list[str]:
     if device.type == "cuda":
-        major, minor = _capability(device)
-        if 10 * major + minor < OLDEST_ARCHITECTURE:
-            return [f"the kernels need compute capability 8.0 (Ampere) or newer, this GPU has {major}.{minor}"]
-        return []
+        return too_old(_capability(device))
     if device.type == "cpu" and INTERPRETED:
         return []
     return [f"Triton kernels run on CUDA devices, not on {device.type}"]
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)

@@ -8,6 +8,8 @@ from functools import cache
 
 import torch
 
+from .._nvidia import precisions as precisions  # which is asked here, like all else about the device
+
 _INTERPRETED_ARCHITECTURE = 90
 _INTERPRETED_MULTIPROCESSORS = 6  # few enough that small problems leave a last round to share
 
@@ -37,16 +39,3 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised memory, for workspaces; the tests fill it with NaN."""
     return torch.empty(tuple(shape), dtype=dtype, device=device)
-
-
-def precisions(dtype: torch.dtype) -> tuple[str, str]:
-    """How products of fp32 operands are computed on tensor cores: those that make logits, and all others.
-
-    "tf32x3" adds the two products that tf32 leaves out and is as good as fp32. Where the user allows tf32
-    (torch.backends.cuda.matmul.fp32_precision = "tf32"), the logits are still computed so: the exponential would
-    magnify their errors. Products of 16-bit operands are exact either way.
-    """
-    if dtype != torch.float32:
-        return "ieee", "ieee"
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32x3", "tf32" if allowed else "tf32x3"

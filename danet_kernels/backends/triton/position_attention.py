@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..._layout import empty_like_layout, is_channels_last, to_layout
+from .._nvidia import magnification
 from . import configs, launch, tuning
 from .configs import Config, position_configs, power_of_two
 from .operands import Operand, near, operand
@@ -163,7 +164,7 @@ def position_attention_backward(
             dvalue = _tuned("dvalue", value, q, lambda config: _dvalue(config, value, q, k, g, gamma, lse, scale))
         if needs_query or needs_key:
             v = _operand(value, value, query.shape[1])
-            statistics = (gamma, lse, delta, _magnification(g.tensor, v.tensor))
+            statistics = (gamma, lse, delta, magnification(g.tensor, v.tensor))
             needed = (query if needs_query else None, key if needs_key else None)
             dquery, dkey = _tuned(
                 "dlogits", value, q, lambda config: _dlogits(config, needed, value, q, k, v, g, statistics, scale)
@@ -328,16 +329,3 @@ def _finished(sums: Tensor, model: Tensor) -> Tensor:
     """The sum over the splits of [splits, B, D, row], in dtype and layout of `model`."""
     total = sums[0] if sums.shape[0] == 1 else sums.sum(dim=0)  # [B, D, row]
     return to_layout(total[:, :, : model.shape[2]], model, model.dtype)
-
-
-def _magnification(dout: Tensor, value: Tensor) -> Tensor | None:
-    """For fp16 a power of two [1] that makes use of its range: |dS| <= 2 C max|dout| max|value|, times this <= 32768.
-
-    dS holds probabilities of 1 / N times gradients. Without it such numbers drown where fp16 ends, at 6e-8.
-    """
-    if value.dtype != torch.float16:
-        return None
-    largest = [torch.stack(torch.aminmax(tensor)).abs().amax().float() for tensor in (dout, value)]
-    bound = 2 * value.shape[1] * largest[0] * largest[1]
-    exponent = torch.floor(torch.log2(32768 / bound)).clamp(-40, 40)
-    return torch.where(bound.isfinite(), exponent, 0.0).exp2().reshape(1)
