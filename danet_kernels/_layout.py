@@ -1,5 +1,5 @@
 """The one rule for the memory layout of results, shared by the fake kernels and the eager backend (and written again in
-csrc/ops_cpu.cpp): a result [B, C, N] is channels_last iff its model tensor has channel stride 1 and C, N > 1."""
+csrc/ops.h): a result [B, C, N] is channels_last iff its model tensor has channel stride 1 and C, N > 1."""
 
 from __future__ import annotations
 
