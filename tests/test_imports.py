@@ -72,6 +72,27 @@ def test_optional_packages_are_imported_nowhere(module):
     assert not packages & {"torchvision", "timm", "torchmetrics", "torchaudio", "matplotlib", "pytest"}
 
 
+# The same for danet: each of its modules imports from those before it, and of danet_kernels the public names alone.
+DANET = ("_weights", "_config", "attention", "backbone", "head", "model", "checkpoint", "__init__")
+
+
+def test_the_arrows_of_danet_point_one_way():
+    seen = set()
+    for path in sorted((ROOT / "danet").rglob("*.py")):
+        name = path.stem
+        assert name in DANET, f"danet/{name}.py has no place in {Path(__file__).name}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                target = (node.module or "__init__").split(".")[0]
+                assert name == "__init__" or DANET.index(target) < DANET.index(name), f"{name} imports {target}"
+                seen.add((name, target))
+            elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("danet_kernels"):
+                assert node.module == "danet_kernels", f"danet/{name}.py imports {node.module}"
+                assert {alias.name for alias in node.names} <= set(danet_kernels.__all__)
+                seen.add((name, "danet_kernels"))
+    assert {("attention", "danet_kernels"), ("head", "attention"), ("checkpoint", "model")} <= seen
+
+
 SCRIPT = """
 import sys, time
 import torch
