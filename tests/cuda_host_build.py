@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,7 +94,7 @@ def _compile(source: Path, flags: Sequence[str], csrc: Path) -> Path:
     target = CACHE / f"{source.name}-{digest.hexdigest()[:20]}.o"
     if not target.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        new = target.with_suffix(f".{os.getpid()}")
+        new = _beside(target)
         _run([*command, "-c", str(source), "-o", str(new)])
         new.replace(target)
     return target
@@ -103,11 +104,16 @@ def _link(name: str, objects: Sequence[Path], flags: Sequence[str]) -> Path:
     digest = hashlib.sha256(" ".join((*(path.name for path in objects), *flags)).encode()).hexdigest()[:20]
     target = CACHE / digest / name
     if not target.exists():
-        target.parent.mkdir(exist_ok=True)
-        new = target.with_name(f"{name}.{os.getpid()}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = _beside(target)
         _run(["g++", *map(str, objects), *flags, "-o", str(new)])
         new.replace(target)
     return target
+
+
+def _beside(target: Path) -> Path:
+    """Where to write it before it gets its name: several threads and processes may be making the same."""
+    return target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident()}")
 
 
 @functools.cache
