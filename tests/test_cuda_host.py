@@ -68,7 +68,7 @@ def in_turn(old: str, new: str) -> list[Patch]:
 
 
 PLANTED = [
-    *in_turn("  synchronize();", "  "),
+    *in_turn(" synchronize();", " {}"),
     *in_turn("cp_async_wait<0>();", "cp_async_wait<1>();"),
     Patch(
         "sm80/products.cuh", "{{registers[0], registers[1]}}", "{{registers[1], registers[0]}}"
