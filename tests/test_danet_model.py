@@ -63,6 +63,23 @@ def test_logits_come_at_the_size_of_the_image(variant, size):
     assert torch.equal(main, expected)
 
 
+def test_the_branches_meet_in_the_sum():
+    """Main logits see both branches added, the others one each; with one branch the main classifier sees that one."""
+    head, features = tiny(gamma=0.5).eval().head, randn(1, 128, 4, 5, dtype=torch.float32)
+    position = head.position_out(head.position_attention(head.position_in(features)))
+    channel = head.channel_out(head.channel_attention(head.channel_in(features)))
+    expected = (
+        head.classifier(position + channel),
+        head.position_classifier(position),
+        head.channel_classifier(channel),
+    )
+    assert all(map(torch.equal, head(features), expected))
+    for variant, branch in (("pam", position), ("cam", channel)):
+        alone = DANetHead(128, 5, variant=variant, inter_channels=16).eval()
+        alone.load_state_dict(head.state_dict(), strict=False)
+        assert torch.equal(alone(features).main, head.classifier(branch))
+
+
 def test_align_corners_is_an_option():
     model, batch = tiny("fcn").eval(), images()
     other = tiny("fcn", align_corners=False).eval()
