@@ -73,24 +73,45 @@ def test_optional_packages_are_imported_nowhere(module):
 
 
 # The same for danet: each of its modules imports from those before it, and of danet_kernels the public names alone.
-DANET = ("_weights", "_config", "attention", "backbone", "head", "model", "checkpoint", "__init__")
+# danet.data stands for all of its modules, which have an order of their own.
+DANET = (
+    *("_weights", "_config", "attention", "backbone", "head", "model", "checkpoint"),
+    *("data", "metrics", "inference", "evaluate", "pictures", "predict", "visualize", "__init__"),
+)
+DATA = (
+    *("images", "sample", "transforms", "palette", "files", "cityscapes", "street_scenes"),
+    *("voc", "context", "coco_stuff", "folder", "prepare", "__init__"),
+)
 
 
-def test_the_arrows_of_danet_point_one_way():
+def relative_imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Level and first name of every `from .name import ...` in a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield node.level, (node.module or "__init__").split(".")[0]
+
+
+@pytest.mark.parametrize(("directory", "order"), [("danet", DANET), ("danet/data", DATA)], ids=["danet", "data"])
+def test_the_arrows_of_danet_point_one_way(directory, order):
+    seen = 0
+    for path in sorted((ROOT / directory).glob("*.py")):
+        name = path.stem
+        assert name in order, f"{directory}/{name}.py has no place in {Path(__file__).name}"
+        for level, target in relative_imports(path):
+            assert level == 1, f"{directory}/{name}.py imports from outside its package"
+            assert name == "__init__" or order.index(target) < order.index(name), f"{name} imports {target}"
+            seen += 1
+    assert seen > 10
+
+
+def test_danet_takes_public_names_of_danet_kernels():
     seen = set()
     for path in sorted((ROOT / "danet").rglob("*.py")):
-        name = path.stem
-        assert name in DANET, f"danet/{name}.py has no place in {Path(__file__).name}"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                target = (node.module or "__init__").split(".")[0]
-                assert name == "__init__" or DANET.index(target) < DANET.index(name), f"{name} imports {target}"
-                seen.add((name, target))
-            elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("danet_kernels"):
-                assert node.module == "danet_kernels", f"danet/{name}.py imports {node.module}"
-                assert {alias.name for alias in node.names} <= set(danet_kernels.__all__)
-                seen.add((name, "danet_kernels"))
-    assert {("attention", "danet_kernels"), ("head", "attention"), ("checkpoint", "model")} <= seen
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("danet_kernels"):
+                assert node.module == "danet_kernels", f"{path.name} imports {node.module}"
+                seen |= {alias.name for alias in node.names}
+    assert {"position_attention", "channel_attention"} <= seen <= set(danet_kernels.__all__)
 
 
 SCRIPT = """
