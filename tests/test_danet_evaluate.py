@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +85,10 @@ def test_the_options_reach_the_prediction(tmp_path):
         found.add(tuple(matrix.counts.flatten().tolist()))
     assert len(found) == 5  # each option made a difference
     assert model.training
+    windows = []
+    model.register_forward_pre_hook(lambda module, given: windows.append(given[0].shape[0]))
+    evaluate(model, dataset, crop=8, stride=4, batch=3, max_images=1, progress=False)  # 2 x 4 windows, mirrored too
+    assert windows == [3, 3, 3, 3, 2, 2]
 
 
 TWO = """
@@ -111,9 +116,7 @@ dist.destroy_process_group()
 
 
 def test_two_processes_share_the_images_and_have_the_same_counts(tmp_path):
-    import danet_kernels
-
-    roots = [str(path) for path in (danet_kernels.__path__[0] + "/..", __file__.rsplit("/", 1)[0])]
+    roots = [str(Path(danet.__file__).parents[1]), str(Path(__file__).parent)]
     running = [
         subprocess.Popen(
             [sys.executable, "-c", TWO, str(tmp_path), str(rank), *roots],
