@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +22,10 @@ def evaluate(
     model: nn.Module,
     dataset: SegmentationDataset,
     *,
-    mode: str = "official",
-    scales: Sequence[float] = (1.0,),
-    crop: int | None = 768,
-    stride: int | None = None,
-    flip: bool | None = None,
-    base: int | None = None,
-    batch: int = 1,
     device: torch.device | str = "cpu",
     progress: bool = True,
     max_images: int | None = None,
+    **options: Any,
 ) -> ConfusionMatrix:
     """Compare predictions with the masks of a data set, at the images' own sizes.
 
@@ -41,10 +35,10 @@ def evaluate(
     Args:
         model: as for predict_scores; it is moved to `device`.
         dataset: with a mask for every image.
-        mode, scales, crop, stride, flip, base, batch: as predict_scores.
         device: where the model runs and the scores are added up.
         progress: whether the first process writes to stderr how far it is.
         max_images: only the first so many; None: all.
+        options: of danet.inference.predict_scores: mode, scales, crop, stride, flip, base, batch.
 
     Raises:
         ValueError: the model has other classes than the data set, an image has no mask, or an option does not fit.
@@ -63,17 +57,7 @@ def evaluate(
         sample = dataset[index]
         if sample.mask is None:
             raise ValueError(f"evaluate: {sample.name} has no mask to compare with; is this a test split?")
-        scores = predict_scores(
-            model,
-            to_tensor(sample.image).to(device),
-            mode=mode,
-            scales=scales,
-            crop=crop,
-            stride=stride,
-            flip=flip,
-            base=base,
-            batch=batch,
-        )  # [classes, H, W]
+        scores = predict_scores(model, to_tensor(sample.image).to(device), **options)  # [classes, H, W]
         _check_classes(scores.shape[0], classes)
         matrix.update(scores.argmax(0), torch.from_numpy(sample.mask))
         report.done(min(index + world, images))

@@ -81,7 +81,7 @@ def predict_scores(
     image = image.float()
     height, width = image.shape[1:]
     total: Tensor | None = None
-    with _evaluation(model), torch.inference_mode():
+    with evaluating(model):
         net = _net(model)
         for scale in scales:
             size = _scaled_size(height, width, scale, base, mode)
@@ -94,6 +94,19 @@ def predict_scores(
     if not total.isfinite().all():
         raise ValueError("predict_scores: the model gives NaN or infinity for this image; does its dtype overflow?")
     return total
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, no gradients; after that each is in its own mode again: some may be frozen."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _official(
@@ -228,18 +241,6 @@ def _net(model: nn.Module) -> _Net:
         return logits.to(windows.device, torch.float32)
 
     return net
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and after that in its own again: some may have been frozen."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check(

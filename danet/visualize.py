@@ -20,6 +20,7 @@ from danet_kernels import channel_attention_map, position_attention_map
 
 from .data import distinct_palette
 from .data.transforms import to_tensor
+from .inference import evaluating
 from .model import DANet
 from .pictures import Cell, check_image, colourise, heat, heat_overlay, mark, panel
 
@@ -199,19 +200,6 @@ def channel_attention_report(model: DANet, image: np.ndarray) -> ChannelReport:
         largest_gram=largest,
         headroom=FP16_MAX / largest if largest > 0 else math.inf,
     )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without gradients; afterwards each of its modules is as it was."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 @contextmanager
