@@ -306,7 +306,7 @@ def test_a_folder_of_too_many_classes(tmp_path):
     Image.fromarray(np.array([[3, 256]], np.uint16)).save(tmp_path / "masks" / "a.png")
     with pytest.raises(ValueError, match=r"a.png: the value 256 is no class number; expected 0 to 254, or 255"):
         ImageFolder(tmp_path)
-    with pytest.raises(ValueError, match="300 classes are more than the 255"):
+    with pytest.raises(ValueError, match="ImageFolder: 300 classes are more than the 255"):
         ImageFolder(tmp_path, classes=[f"n {number}" for number in range(300)])
 
 

@@ -90,6 +90,30 @@ def test_a_label_out_of_range_is_named(tmp_path):
         dataset(tmp_path, wrong)[0]
 
 
+@pytest.mark.parametrize("strange", [65539, -1])
+def test_a_label_of_32_bits_is_not_cut_to_16(strange, tmp_path):
+    Image.fromarray(np.array([[0, strange]], np.int32)).save(tmp_path / "mask.tif")
+    with pytest.raises(ValueError, match=rf"mask.tif holds numbers from .*{strange}.*; labels are 0 to 65535"):
+        read_labels(tmp_path / "mask.tif")
+    Image.fromarray(np.array([[0, 700]], np.int32)).save(tmp_path / "mask.tif")
+    assert read_labels(tmp_path / "mask.tif").tolist() == [[0, 700]]
+
+
+def test_a_photograph_of_16_bits_is_not_cut_to_8(tmp_path):
+    Image.fromarray(np.array([[0, 40000]], np.uint16)).save(tmp_path / "image.png")
+    with pytest.raises(ValueError, match=r"image.png is no photograph of 8 bits a colour \(mode I;16\)"):
+        read_image(tmp_path / "image.png")
+
+
+@pytest.mark.parametrize("read", [read_image, read_labels])
+def test_no_program_is_started_for_a_file(read, tmp_path):
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    Image.fromarray(photograph(8, 8)).save(tmp_path / "image.eps")
+    (tmp_path / "image.eps").rename(tmp_path / "image.png")
+    with pytest.raises(ValueError, match=r"image.png is no image, or none of a known format"):
+        read(tmp_path / "image.png")
+
+
 def test_the_table_of_labels_is_applied(tmp_path):
     made = dataset(tmp_path, LABELS, labels={0: IGNORE, 1: 0, 2: 1, 255: 2})
     assert made[0].mask.tolist() == [[255, 0, 1], [1, 0, 2]]
@@ -163,6 +187,8 @@ def test_a_set_needs_images_and_colours(tmp_path):
         SegmentationDataset([], "abc", COLOURS)
     with pytest.raises(ValueError, match="3 classes need as many colours, got 2"):
         SegmentationDataset([Item("x", tmp_path, None)], "abc", COLOURS[:2])
+    with pytest.raises(ValueError, match="256 classes are more than the 255 that a mask can tell apart"):
+        SegmentationDataset([Item("x", tmp_path, None)], ["a"] * 256, [COLOURS[0]] * 256)
 
 
 def test_without_a_mask_there_is_none(tmp_path):

@@ -48,7 +48,7 @@ _NAMES = "cocostuff-labels.txt"
 class CocoStuff10k(SegmentationDataset):
     """root/images/*.jpg with root/annotations/*.mat (field S) of version 1.1, by the lists in root/imageLists.
 
-    Reading the .mat files takes scipy; where `danet prepare coco-stuff` has written root/labels/*.png, with the same
+    Reading the .mat files takes scipy; where `prepare("coco-stuff", root)` has written root/labels/*.png, with the same
     numbers, those are read. The names of the classes are those in root/cocostuff-labels.txt, if that is there.
 
     Args:

@@ -32,7 +32,7 @@ _BELOW = ("VOC2010", "VOCdevkit/VOC2010")
 class PascalContext(SegmentationDataset):
     """VOC2010/JPEGImages/*.jpg with SegmentationClassContext/*.png, by the lists in ImageSets/SegmentationContext.
 
-    The masks hold 0 for the background, and 1 to 59. `danet prepare context` makes them.
+    The masks hold 0 for the background, and 1 to 59. `prepare("context", ...)` makes them.
 
     Args:
         root: the folder VOC2010, or one of the two above it.

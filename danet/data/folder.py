@@ -53,8 +53,6 @@ class ImageFolder(SegmentationDataset):
         if classes is None:
             every = [] if masks is None else [root / "masks", *sorted(root.glob("*/masks"))]  # so that splits agree
             classes = [f"class {number}" for number in range(_count(every))]
-        if len(classes) > IGNORE:
-            raise ValueError(f"{root}: {len(classes)} classes are more than the {IGNORE} that a mask can tell apart")
         super().__init__(items, classes, palette or distinct_palette(len(classes)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 """Of files that are taken for images."""
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow knows others too, one of which starts a program (EPS)
+_HEADER = threading.Lock()  # for Pillow's own limit, of which a process has one
 
 
 def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -70,9 +72,8 @@ def write_image(path: Path | str, image: np.ndarray, palette: Sequence[Sequence[
 def _open(path: Path, max_pixels: int, photograph: bool) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # its warning would come before our error
     try:
-        with Image.open(path, formats=_FORMATS) as image:  # reads the header alone
+        with _header(path) as image:
             if image.width * image.height > max_pixels:
                 raise ValueError(
                     f"{path} is refused: {image.width} x {image.height} pixels are more than the {max_pixels:,} that "
@@ -86,5 +87,13 @@ def _open(path: Path, max_pixels: int, photograph: bool) -> Image.Image:
         raise ValueError(f"{path} is no image, or none of a known format") from None
     except (OSError, SyntaxError) as error:  # a damaged PNG is a SyntaxError
         raise ValueError(f"{path} is damaged: {error}") from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _header(path: Path) -> Image.Image:
+    """The image before it is unpacked, of any size: Pillow's warning would come before our error."""
+    with _HEADER:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(path, formats=_FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit

@@ -56,7 +56,9 @@ class SegmentationDataset(Dataset[Sample]):
         if len(palette) != len(classes):
             raise ValueError(f"{type(self).__name__}: {len(classes)} classes need as many colours, got {len(palette)}")
         if len(classes) > IGNORE:
-            raise ValueError(f"{type(self).__name__}: masks have room for {IGNORE} classes, got {len(classes)}")
+            raise ValueError(
+                f"{type(self).__name__}: {len(classes)} classes are more than the {IGNORE} that a mask can tell apart"
+            )
         self.items = list(items)
         self.classes = tuple(classes)
         self.palette = list(palette)
@@ -93,6 +95,7 @@ class SegmentationDataset(Dataset[Sample]):
 
     def class_numbers(self, values: np.ndarray, path: Path) -> np.ndarray:
         """Values of a mask file, unsigned [H, W], to class numbers, uint8 [H, W]."""
+        assert values.dtype.kind == "u", values.dtype  # a negative number would count from the table's end
         table = np.full(int(max(*self._labels, values.max(initial=0))) + 1, -1, np.int32)
         for value, number in self._labels.items():
             table[value] = number

@@ -53,7 +53,7 @@ class VOC(SegmentationDataset):
         split: one of SPLITS. "train", "val" and "trainval" are VOC's own; "test" has no masks.
             "train_aug": the images of SBD's two lists and of VOC train, without those of VOC val; VOC's own masks
             where there are both. Without `sbd` it takes the list and the PNGs in SegmentationClassAug, which
-            `danet prepare voc` or mmsegmentation wrote.
+            `prepare("voc", ...)` or mmsegmentation wrote.
             "trainval_official": SBD's two lists one after the other with SBD's masks, as the authors of DANet train.
             It holds images of VOC val, so a score on val means nothing after it; it warns of that.
         sbd: the folder of SBD with img, cls, train.txt and val.txt, or one of the two above it. To read its .mat
@@ -90,7 +90,7 @@ class VOC(SegmentationDataset):
             there = [lists / name for name in _AUG_LISTS if (lists / name).is_file()]
             if not there:
                 raise FileNotFoundError(
-                    f"there is no {lists / _AUG_LISTS[0]}: give sbd=, the folder of SBD, or run danet prepare voc"
+                    f"there is no {lists / _AUG_LISTS[0]}: give sbd=, the folder of SBD, or call prepare('voc', ...)"
                 )
             names = set(read_list(there[0]))
         return sorted((names | {*read_list(lists / "train.txt")}) - {*read_list(lists / "val.txt")})
