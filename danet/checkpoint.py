@@ -15,13 +15,15 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from ._files import whole
 from ._weights import Weights, assign, describe, listed, read
 from .backbone import check_stem, stem_of
 from .model import WEIGHTS_FILE, DANet
 
-__all__ = ["FORMATS", "convert", "detect", "load", "read"]
+__all__ = ["FORMATS", "convert", "detect", "load", "read", "write"]
 
 FORMATS = ("danet", "official", "mmsegmentation", "tramac")
 
@@ -104,6 +106,18 @@ def convert(state: Mapping[str, Tensor], to: str) -> dict[str, Tensor]:
     if unknown:
         raise ValueError(listed(f"convert: some weights have no name in the format {to!r}:", unknown))
     return converted
+
+
+def write(state: Mapping[str, Tensor], target: Path) -> None:
+    """A file that is whole or not there: in safetensors' format if its name ends so, else torch.save's."""
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    with whole(target) as partial:
+        if target.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file(tensors, partial)
+        else:
+            torch.save({"state_dict": tensors}, partial)
 
 
 def load(model: DANet, weights: Weights) -> str:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from .data.cityscapes import LABEL_IDS
 from .data.sample import IGNORE, SegmentationDataset
 from .data.transforms import to_tensor
+from .distributed import rank_and_world
 from .inference import predict_scores
 from .metrics import ConfusionMatrix
+from .progress import Progress
 
 
 def evaluate(
@@ -48,11 +47,11 @@ def evaluate(
         raise ValueError(f"evaluate: max_images must be at least 1, got {max_images}")
     classes = len(dataset.classes)
     _check_classes(getattr(model, "num_classes", classes), classes)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    rank, world = rank_and_world()
     images = len(dataset) if max_images is None else min(len(dataset), max_images)
     matrix = ConfusionMatrix(classes)
     model.to(device)
-    report = _Progress(images if progress and rank == 0 else None)
+    report = Progress("evaluate", images if progress and rank == 0 else None)
     for index in range(rank, images, world):
         sample = dataset[index]
         if sample.mask is None:
@@ -92,28 +91,3 @@ def train_ids_to_label_ids(mask: np.ndarray) -> np.ndarray:
 def _check_classes(got: int, expected: int) -> None:
     if got != expected:
         raise ValueError(f"evaluate: the model has {got} classes, the data set {expected}")
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-class _Progress:
-    """How many images are done, on stderr: one line that is overwritten, or, in a log, a line every half minute."""
-
-    def __init__(self, images: int | None) -> None:
-        self.images = images  # None: silent
-        self.terminal = sys.stderr.isatty()
-        self.pause = 0.2 if self.terminal else 30.0  # seconds
-        self.start = self.last = time.monotonic()
-
-    def done(self, images: int) -> None:
-        now = time.monotonic()
-        finished = images == self.images
-        if self.images is None or not (finished or now - self.last >= self.pause):
-            return
-        self.last = now
-        rate = images / max(now - self.start, 1e-9)
-        line = f"evaluate: {images} of {self.images} images, {rate:.2g} a second"
-        end = "\n" if finished or not self.terminal else ""
-        print(f"\r{line}" if self.terminal else line, end=end, file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._config import check_config
+from ._files import whole
 from ._weights import Weights, check, read
 from .backbone import BasicBlock, Bottleneck, ResNet
 from .head import VARIANTS, DANetHead, Logits
@@ -117,20 +117,12 @@ class DANet(nn.Module):
             )
         from safetensors.torch import save_file
 
-        directory = Path(path)
-        directory.mkdir(parents=True, exist_ok=True)
         config = self.config | {"classes": self.classes, "palette": self.palette}
         check_config(config, "save_pretrained")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        partial_weights, partial_config = (directory / f"{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE))
-        try:
-            save_file(tensors, partial_weights)
-            partial_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial_weights, directory / WEIGHTS_FILE)
-            os.replace(partial_config, directory / CONFIG_FILE)
-        finally:
-            partial_weights.unlink(missing_ok=True)
-            partial_config.unlink(missing_ok=True)
+        with whole(Path(path) / WEIGHTS_FILE) as weights_file, whole(Path(path) / CONFIG_FILE) as config_file:
+            save_file(tensors, weights_file)
+            config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @staticmethod
     def from_pretrained(path: str | Path, *, attention_backend: str = "auto") -> DANet:

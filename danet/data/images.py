@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .._files import whole
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused before they are unpacked: a file of a few hundred KiB can hold gigabytes of one colour."""
@@ -59,14 +60,8 @@ def write_image(path: Path | str, image: np.ndarray, palette: Sequence[Sequence[
         colours = np.zeros((256, 3), np.uint8)
         colours[: len(palette)] = palette
         picture.putpalette(colours.tobytes())
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    try:
+    with whole(Path(path)) as partial:
         picture.save(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _open(path: Path, max_pixels: int, photograph: bool) -> Image.Image:

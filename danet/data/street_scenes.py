@@ -95,11 +95,7 @@ def _sky_and_skyline(canvas: _Canvas, horizon: float) -> None:
     left = canvas.right * FAR_SIDE
     while left < canvas.right:  # independent of the pair: what is near it must tell nothing
         side = left + random.uniform(0.1, 0.4)
-        if random.random() < 0.5:
-            canvas.box("building", left, horizon - random.uniform(0.08, 0.26), side, horizon)
-        else:
-            middle, radius = (left + side) / 2, (side - left) / 2
-            canvas.ellipse("vegetation", middle, horizon - 0.02, radius * 1.1, random.uniform(0.08, 0.2))
+        canvas.box("building", left, horizon - random.uniform(0.08, 0.26), side, horizon)
         left = side
 
 
