@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:
-    """A path with the same suffix to write to. When the block ends it becomes `target`; when it raises, it is removed."""
+    """A path of the same suffix to write to: `target` when the block ends; removed when it raises."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.stem}.partial{target.suffix}")
     try:

@@ -95,6 +95,7 @@ def load(
         num_workers=workers,
         collate_fn=_together,
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # of seeds for workers; else it would draw from the caller's
     )
 
 
