@@ -339,17 +339,19 @@ def _predict_options(command: argparse.ArgumentParser) -> None:
 
 
 def _predict(args: argparse.Namespace) -> int:
+    from .distributed import process_group
     from .predict import predict
 
-    report = predict(
-        _load(args, args.model),
-        args.paths,
-        args.output,
-        device=args.device,
-        label_ids=args.label_ids,
-        progress=lambda line: print(line, file=sys.stderr),
-        **_inference(args),
-    )
+    with process_group(args.device) as device:
+        report = predict(
+            _load(args, args.model),
+            args.paths,
+            args.output,
+            device=device,
+            label_ids=args.label_ids,
+            progress=lambda line: print(line, file=sys.stderr),
+            **_inference(args),
+        )
     print(report)
     return 1 if report.failures else 0
 
@@ -371,24 +373,28 @@ def _attention(args: argparse.Namespace) -> int:
     import numpy as np
 
     from .data.images import read_image, read_labels, write_image
+    from .distributed import process_group
     from .visualize import attention_panel, channel_attention_report, compare_panel
 
-    image = read_image(Path(args.image))  # uint8 [H, W, 3]
-    truth = None if args.truth is None else read_labels(Path(args.truth)).astype(np.uint8)  # [H, W]
-    model = _load(args, args.model).to(args.device)
-    if args.compare is not None:
-        other = _load(args, args.compare).to(args.device)
-        models = [(f"{path} ({one.head.variant})", one) for path, one in ((args.model, model), (args.compare, other))]
-        picture = compare_panel(models, image, truth)
-    else:
-        if args.points is not None:
-            points = [_point(text) for text in args.points]
+    with process_group(args.device) as device:
+        image = read_image(Path(args.image))  # uint8 [H, W, 3]
+        truth = None if args.truth is None else read_labels(Path(args.truth)).astype(np.uint8)  # [H, W]
+        model = _load(args, args.model).to(device)
+        if args.compare is not None:
+            other = _load(args, args.compare).to(device)
+            models = [
+                (f"{path} ({one.head.variant})", one) for path, one in ((args.model, model), (args.compare, other))
+            ]
+            picture = compare_panel(models, image, truth)
         else:
-            middle = (image.shape[1] // 2, image.shape[0] // 2)
-            points = [middle] if hasattr(model.head, "position_attention") else []
-        picture = attention_panel(model, image, points, channels=args.channels, truth=truth)
-        if hasattr(model.head, "channel_attention"):
-            print(channel_attention_report(model, image))
+            if args.points is not None:
+                points = [_point(text) for text in args.points]
+            else:
+                middle = (image.shape[1] // 2, image.shape[0] // 2)
+                points = [middle] if hasattr(model.head, "position_attention") else []
+            picture = attention_panel(model, image, points, channels=args.channels, truth=truth)
+            if hasattr(model.head, "channel_attention"):
+                print(channel_attention_report(model, image))
     write_image(Path(args.output), picture)
     print(f"wrote {args.output}")
     return 0

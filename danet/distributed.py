@@ -21,7 +21,10 @@ def process_group(device: str = "cpu") -> Iterator[torch.device]:
     Raises:
         ValueError: there is no such device, or fewer of them than processes.
     """
-    wanted = torch.device(device)
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"{device!r} is no device, expected cpu, cuda or one such as cuda:1") from None
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if wanted.type == "cuda":
         index = int(os.environ["LOCAL_RANK"]) if several else (wanted.index or 0)

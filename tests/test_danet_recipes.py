@@ -20,7 +20,7 @@ RECIPE = find_recipe("street-scenes", batch_size=2, crop_size=(32, 64), scale=(0
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     root = tmp_path_factory.mktemp("scenes")
-    write_street_scenes(root, train=1, val=0, height=32, width=64)
+    write_street_scenes(root, train=3, val=0, height=32, width=64)
     return open_dataset("street-scenes", root, "train")
 
 
