@@ -48,10 +48,12 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """`values` becomes their sum over all processes."""
-    if _in_use():
-        dist.all_reduce(values)
-    return values
+    """The sum of `values` over all processes, on the device of `values`."""
+    if not _in_use():
+        return values
+    total = values.cuda() if dist.get_backend() == "nccl" else values.clone()  # NCCL sums on GPUs alone
+    dist.all_reduce(total)
+    return total.to(values.device)
 
 
 def wait_for_all() -> None:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .data.sample import IGNORE
+from .distributed import sum_over_processes
 
 ABSENT = ("zero", "skip")
 """What a class in neither prediction nor truth adds to a mean IoU."""
@@ -68,11 +68,7 @@ class ConfusionMatrix:
 
     def all_reduce(self) -> None:
         """Add up the counts of all processes of torch.distributed; without one this does nothing. Call it once."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        counts = self.counts.cuda() if dist.get_backend() == "nccl" else self.counts
-        dist.all_reduce(counts)
-        self.counts = counts.cpu()
+        self.counts = sum_over_processes(self.counts)
 
     def iou(self) -> Tensor:
         """Intersection over union of every class, fp64 [classes]; NaN for one in neither prediction nor truth."""

@@ -208,8 +208,7 @@ def accumulate_gradients(
     device = parts[0].images.device
     pixels = sum((batch.target != IGNORE).sum() for batch in parts)
     shared = torch.tensor([float(pixels), float(stop)], dtype=torch.float64, device=device)
-    sum_over_processes(shared)
-    labelled, stops = shared.tolist()
+    labelled, stops = sum_over_processes(shared).tolist()
     # DistributedDataParallel takes the mean of the gradients over the processes, where their sum is wanted.
     divisor = max(labelled, 1.0) / world
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # total, main, position, channel
@@ -224,9 +223,9 @@ def accumulate_gradients(
             (losses.total if scaler is None else scaler.scale(losses.total)).backward()
         absent = [loss is None for loss in losses]
         sums += torch.stack([sums.new_zeros(()) if loss is None else loss.detach().double() for loss in losses])
-    sum_over_processes(sums)
     total, main, position, channel = (
-        None if missing else value / world for value, missing in zip(sums.tolist(), absent, strict=True)
+        None if missing else value / world
+        for value, missing in zip(sum_over_processes(sums).tolist(), absent, strict=True)
     )
     assert total is not None
     assert main is not None
