@@ -5,6 +5,7 @@ Nothing here has a state. A run that is resumed at a step sees what it would hav
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -95,8 +96,15 @@ def load(
         num_workers=workers,
         collate_fn=_together,
         pin_memory=pin_memory,
+        worker_init_fn=_heed_no_signals,
         generator=torch.Generator(),  # of seeds for workers; else it would draw from the caller's
     )
+
+
+def _heed_no_signals(_: int) -> None:
+    """Ctrl-C, and often SIGTERM, reach all processes of a group: the step that is to end needs its images."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _together(views: list[tuple[Tensor, Tensor] | Exception]) -> Batch | Exception:

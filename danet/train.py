@@ -134,7 +134,7 @@ def train(
     first, best, last = 0, None, None
     if saved is not None:
         first, best = _restore(saved, identity, str(output), model, optimizer, scaler)
-        folder.forget_after(first)
+    folder.forget_after(first)
     folder.log("start", first, total=total, processes=world, accumulate=accumulate, **identity)
 
     an_epoch = max(1, len(dataset) // recipe.batch_size)

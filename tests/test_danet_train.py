@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -53,7 +54,8 @@ def run(dataset, output, recipe=RECIPE, model=None, **options):
 
 
 def log(output, kind="step"):
-    lines = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
+    text = (Path(output) / "log.jsonl").read_text()
+    lines = [json.loads(line) for line in text.split("\n")[:-1]]  # what follows the last end is still being written
     return [line for line in lines if line["kind"] == kind]
 
 
@@ -176,12 +178,14 @@ def test_a_run_in_two_processes(scenes, tmp_path):
 # Runs
 
 
-@pytest.mark.parametrize(("at", "workers"), [(1, 0), (1, 2), (2, 0), (3, 0)])  # in mid-epoch, between epochs
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(dataset, tmp_path, at, workers):
-    whole, _ = run(dataset, tmp_path / "whole")
-    _, first = run(Interrupted(dataset, after=2 * at), tmp_path / "parts")
+@pytest.mark.parametrize(  # in mid-epoch, between epochs
+    ("at", "workers", "amp"), [(1, 0, "off"), (1, 2, "off"), (1, 0, "fp16"), (2, 0, "off"), (3, 0, "off")]
+)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(dataset, tmp_path, at, workers, amp):
+    whole, _ = run(dataset, tmp_path / "whole", amp=amp)
+    _, first = run(Interrupted(dataset, after=2 * at), tmp_path / "parts", amp=amp)
     assert (first.steps, first.finished) == (at, False)
-    parts, second = run(dataset, tmp_path / "parts", model=tiny(seed=9), resume=True, workers=workers)
+    parts, second = run(dataset, tmp_path / "parts", model=tiny(seed=9), resume=True, workers=workers, amp=amp)
     assert (second.steps, second.finished) == (4, True)
     assert same(whole, parts)
     assert [line["total"] for line in log(tmp_path / "parts")] == [line["total"] for line in log(tmp_path / "whole")]
@@ -202,6 +206,37 @@ class Interrupted:
         if self.left == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         return self.dataset[index]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_saves(scenes, tmp_path, number):
+    """As a terminal sends Ctrl-C, and a cluster SIGTERM: to the workers too."""
+    small = ["--crop", "32", "64", "--batch-size", "2", "--steps", "100000", "--workers", "2"]
+    arguments = ["--data", "street-scenes", "--model", "fcn_tiny", *small]
+    command = [sys.executable, "-m", "danet", "train", *arguments, "--root", str(scenes), "--output", str(tmp_path)]
+    root = str(Path(__file__).resolve().parent.parent)
+    process = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": root}, start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "log.jsonl").exists() and log(tmp_path)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    out, _ = process.communicate(timeout=60)
+    steps = len(log(tmp_path))
+    assert process.returncode == 143, out
+    assert f"stopped after {steps} steps" in out
+    assert RunFolder(tmp_path, 1).newest()["step"] == steps
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(dataset, tmp_path):
+    recipe = replace(RECIPE, steps=1)
+    run(dataset, tmp_path, recipe)
+    (tmp_path / "checkpoints" / "step_00000001.pt").unlink()
+    run(dataset, tmp_path, recipe, resume=True)
+    assert [line["step"] for line in log(tmp_path)] == [1]
 
 
 def test_signals_are_handled_as_before_after_a_run(dataset, tmp_path):
