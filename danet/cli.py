@@ -1,290 +1,277 @@
-"""The command line. What a command needs is imported when it runs, so that help comes at once."""
+"""The command line: `danet COMMAND ...`, or `python -m danet COMMAND ...`.
+
+Packages are imported by the command that needs them, so that help comes at once.
+"""
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .data import SegmentationDataset
     from .model import DANet
 
-DATASETS = ("cityscapes", "voc", "context", "coco-stuff", "folder", "street-scenes")
-NAMED_CLASSES = ("cityscapes", "voc", "context", "coco-stuff")
-MODES = ("official", "mmseg", "probability")
-FORMATS = ("danet", "official", "mmsegmentation", "tramac")
-CONTEXT_MODES = ("59", "60", "59-reported")
-STEMS = ("plain", "deep", "v1c")
+_Command = Callable[[argparse.Namespace], int]
 
-_SPLITS = {"voc": ("train_aug", "val"), "coco-stuff": ("train", "test")}  # for training and validation
-_EXTRAS = {"PIL": "model", "safetensors": "model", "scipy": "mat"}  # of the package, by the module it brings
-STOPPED, INTERRUPTED = 143, 130  # exit statuses, as of a process ended by SIGTERM or SIGINT
+STOPPED = 143
+"""Exit status of a training run that a signal has stopped, after saving."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status.
+    """Run one command.
 
-    0: done; 1: some images failed; 2: something the user can mend, said in one line on stderr; 130: Ctrl-C;
-    143: training was stopped by a signal, and is saved. Mistakes of ours raise, with their traceback.
+    Returns:
+        Exit status: 0; 1, some images of `predict` failed; 2, the command cannot be done, with one message on stderr;
+        STOPPED; 130, interrupted.
     """
-    args = make_parser().parse_args(argv)
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"danet {args.command}: warning: {message}\n"
+    args = parser().parse_args(argv)
     try:
-        status: int = args.run(args)
-        return status
-    except KeyboardInterrupt:
-        print(f"danet {args.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except ImportError as error:
-        module = (error.name or "").partition(".")[0]
-        if module.startswith("danet"):  # no package is missing
-            raise
-        hint = f': pip install "danet-kernels[{_EXTRAS[module]}]"' if module in _EXTRAS else ""
-        print(f"danet {args.command}: {error}{hint}", file=sys.stderr)
-    except (OSError, ValueError, FloatingPointError) as error:
+        return args.run(args)
+    except (OSError, ValueError, ImportError, FloatingPointError) as error:
         print(f"danet {args.command}: {error}", file=sys.stderr)
-    finally:
-        warnings.formatwarning = before
-    return 2
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Options that are not given are absent from the result: then the defaults of the functions hold."""
-    parser = argparse.ArgumentParser(
-        prog="danet",
-        description="DANet: train, evaluate and use it. `danet COMMAND --help` explains a command.",
-        epilog="first steps: danet quickstart",
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, run, add_options, about, example in _COMMANDS:
-        command = commands.add_parser(
-            name,
-            help=about,
-            description=f"{about[0].upper()}{about[1:]}.",
-            epilog=f"example: danet {name} {example}",
-            argument_default=argparse.SUPPRESS,
-            allow_abbrev=False,
+def parser() -> argparse.ArgumentParser:
+    """Of all commands; `run` is the function for the chosen one."""
+    top = argparse.ArgumentParser("danet", description="Dual attention segmentation: train, evaluate, use.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add = _Adder(commands)
+    _quickstart_options(add("quickstart", _quickstart, "train four small models on drawn scenes: a first look", ""))
+    _train_options(
+        add(
+            "train",
+            _train,
+            "train a model by a recipe",
+            "danet train --data cityscapes --root data/cityscapes --model danet_resnet101 --multi-grid 4 8 16 "
+            "--backbone-weights resnet101.pth --output runs/first",
         )
-        add_options(command)
-        command.set_defaults(run=run)
-    return parser
-
-
-# Options
-
-
-def _train_options(parser: argparse.ArgumentParser) -> None:
-    _dataset_options(parser)
-    parser.add_argument("--split", help="what to learn from (default: train; voc: train_aug; of a folder, all: all)")
-    parser.add_argument("--val-split", help="what to validate on; none: no validation (default: val; coco-stuff: test)")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the run: log, checkpoints, models")
-
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", default="danet_resnet50", help="`danet models` lists them (default: %(default)s)")
-    _model_options(group)
-    group.add_argument("--stem", choices=STEMS, help="first layers of the ResNet (default: plain)")
-    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-    weights = group.add_mutually_exclusive_group()
-    weights.add_argument("--backbone-weights", type=Path, metavar="FILE", help="of torchvision's or timm's ResNet")
-    weights.add_argument(
-        "--init", type=Path, metavar="MODEL", help="fine-tune this model folder or checkpoint; other classes start anew"
     )
+    _evaluate_options(
+        add(
+            "evaluate",
+            _evaluate,
+            "IoU of every class on a data set",
+            "danet evaluate runs/first/best --data cityscapes --root data/cityscapes --base 2048",
+        )
+    )
+    _predict_options(
+        add("predict", _predict, "masks and overlays of photographs", "danet predict MODEL photos/ -o out")
+    )
+    _attention_options(
+        add(
+            "attention",
+            _attention,
+            "draw what chosen points attend to",
+            "danet attention runs/first/best street.png --points 300,400 900,420 -o panel.png",
+        )
+    )
+    _convert_options(
+        add("convert", _convert, "rewrite a checkpoint with another project's names", "danet convert IN.pth OUT.pth")
+    )
+    _prepare_options(add("prepare", _prepare, "check a data set and make it ready", "danet prepare voc data --sbd SBD"))
+    add("models", _models, "names of models, recipes and data sets", "danet models")
+    return top
 
-    group = parser.add_argument_group("recipe")
-    group.add_argument("--recipe", help="`danet models` lists them (default: that of the data set; folder: voc)")
-    length = group.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int, metavar="N")
-    length.add_argument("--steps", type=int, metavar="N", help="instead of epochs")
-    group.add_argument("--batch-size", type=int, metavar="N", help="images a step, on all devices together")
-    group.add_argument("--learning-rate", type=float, metavar="RATE")
-    group.add_argument("--crop", dest="crop_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
-    group.add_argument("--base-size", type=int, metavar="N", help="shorter side at scale 1, in pixels")
-    group.add_argument("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of random sizes")
 
-    group = parser.add_argument_group("run")
-    _device_option(group)
-    group.add_argument("--amp", choices=("off", "bf16", "fp16"), help="mixed precision (default: off)")
-    group.add_argument("--accumulate", type=int, metavar="N", help="parts that a step is done in, to save memory")
-    group.add_argument("--workers", type=int, metavar="N", help="processes that read images (default: 0)")
-    group.add_argument("--seed", type=int, default=0, metavar="N")
-    group.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    group.add_argument("--keep", type=int, metavar="N", help="checkpoints to keep (default: 2)")
-    group.add_argument("--save-every", type=int, metavar="STEPS", help="between checkpoints (default: an epoch)")
-    group.add_argument("--validate-every", type=int, metavar="EPOCHS", help="between validations (default: 1)")
+class _Adder:
+    def __init__(self, commands: Any) -> None:
+        self.commands = commands
+
+    def __call__(self, name: str, run: _Command, purpose: str, example: str) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = self.commands.add_parser(
+            name,
+            help=purpose,
+            description=f"{purpose[0].upper()}{purpose[1:]}.",
+            epilog=f"example: {example}" if example else None,
+        )
+        command.set_defaults(run=run)
+        return command
+
+
+# Options that several commands share
+
+
+def _device_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:1")
+
+
+def _data_options(command: argparse.ArgumentParser, split: str) -> None:
+    names = "cityscapes, voc, context, coco-stuff, folder or street-scenes"
+    command.add_argument("--data", required=True, metavar="NAME", help=names)
+    command.add_argument("--root", required=True, help="folder of the data set")
+    command.add_argument("--split", default=split, help="default: %(default)s; none: all of a folder")
+    command.add_argument("--sbd", help="voc: folder of SBD, for the split train_aug")
+    command.add_argument("--context-mode", metavar="MODE", help="context: 59, 60 or 59-reported")
+
+
+def _architecture_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--stem", default="plain", help="of the ResNet: plain (default) or deep")
+    command.add_argument("--output-stride", type=int, default=8, help="8 (default), 16 or 32")
+    command.add_argument("--multi-grid", type=int, nargs="+", metavar="N", help="such as 4 8 16, the authors'")
+
+
+def _model_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="folder that training wrote, or a checkpoint file")
+    group = command.add_argument_group("for a checkpoint file, which does not tell its architecture")
+    group.add_argument("--name", default="danet_resnet101", help="see `danet models`; default: %(default)s")
+    group.add_argument("--num-classes", type=int, default=19, help="default: %(default)s")
+    _architecture_options(group)  # type: ignore[arg-type]
+    command.add_argument("--attention-backend", default="auto", help="see python -m danet_kernels.info")
+
+
+def _inference_options(command: argparse.ArgumentParser, crop: str) -> None:
+    command.add_argument("--mode", default="official", help="official (default), mmseg or probability")
+    command.add_argument("--scales", nargs="+", default=["1"], help="such as 0.75 1 1.25; paper: its eight")
+    command.add_argument(
+        "--crop", default=crop, help="side of the windows, or none: whole images; default: %(default)s"
+    )
+    command.add_argument("--stride", type=int, help="pixels between windows; default: 2/3 of the crop")
+    command.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirrored views too")
+    command.add_argument("--base", type=int, help="long side in pixels at scale 1; Cityscapes: 2048; default: its own")
+    command.add_argument("--batch", type=int, default=1, help="windows at a time")
+
+
+def _open(args: argparse.Namespace, split: str) -> SegmentationDataset:
+    from .data import open_dataset
+
+    options = {"sbd": args.sbd, "mode": args.context_mode}
+    given = {name: value for name, value in options.items() if value is not None}
+    return open_dataset(args.data, args.root, None if split == "none" else split, **given)
+
+
+def _load(args: argparse.Namespace, path: str) -> DANet:
+    from pathlib import Path
+
+    from .checkpoint import load
+    from .model import DANet, create_model
+
+    if Path(path).is_dir() or not Path(path).exists():
+        return DANet.from_pretrained(path, attention_backend=args.attention_backend)
+    model = create_model(
+        args.name,
+        args.num_classes,
+        stem=args.stem,
+        output_stride=args.output_stride,
+        multi_grid=args.multi_grid,
+        attention_backend=args.attention_backend,
+    )
+    load(model, path)
+    if args.num_classes == 19:  # no checkpoint tells; what it nearly always is
+        from .data.cityscapes import CLASSES, PALETTE
+
+        model.classes, model.palette = tuple(CLASSES), list(PALETTE)
+    return model.eval()
+
+
+def _inference(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of predict_scores."""
+    from .inference import EVALUATION_SCALES
+
+    paper = args.scales == ["paper"]
+    return {
+        "mode": args.mode,
+        "scales": EVALUATION_SCALES if paper else [_number(scale, "--scales") for scale in args.scales],
+        "crop": None if args.crop == "none" else int(_number(args.crop, "--crop")),
+        "stride": args.stride,
+        "flip": args.flip,
+        "base": args.base,
+        "batch": args.batch,
+    }
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{option}: {text!r} is no number") from None
+
+
+# train
+
+
+def _train_options(command: argparse.ArgumentParser) -> None:
+    _data_options(command, "train")
+    command.add_argument("--val-split", default="val", help="split to validate on, or off; default: %(default)s")
+    command.add_argument("--model", default="danet_resnet50", help="see `danet models`; default: %(default)s")
+    command.add_argument("--output", "-o", required=True, help="folder for checkpoints, log, pictures and models")
+    command.add_argument("--backbone-weights", metavar="FILE", help="torchvision's or timm's ResNet, on ImageNet")
+    command.add_argument("--init", metavar="FILE", help="checkpoint of a whole model to begin with")
+    _architecture_options(command)
+    command.add_argument("--dropout", type=float, default=0.1, help="default: %(default)s")
+    command.add_argument("--attention-backend", default="auto", help="see python -m danet_kernels.info")
+    command.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    group = command.add_argument_group("recipe")
+    group.add_argument("--recipe", help="see `danet models`; default: that of the data set")
+    group.add_argument("--epochs", type=int)
+    group.add_argument("--steps", type=int, help="instead of epochs")
+    group.add_argument("--batch-size", type=int, help="images a step, over all devices")
+    group.add_argument("--learning-rate", type=float)
+    group.add_argument("--head-rate", type=float, help="factor on it for the head")
+    group.add_argument("--optimizer", help="sgd or adamw")
+    group.add_argument("--crop", type=int, nargs=2, dest="crop_size", metavar=("HEIGHT", "WIDTH"))
+    group.add_argument("--base-size", type=int, help="shorter side in pixels at scale 1")
+    group.add_argument("--scale", type=float, nargs=2, metavar=("FROM", "TO"), help="random factor on it")
+    group.add_argument("--validation-crop", type=int, help="side of validation's windows in pixels")
+    group = command.add_argument_group("how it is run")
+    _device_option(group)  # type: ignore[arg-type]
+    group.add_argument("--amp", default="off", help="mixed precision: off (default), bf16 or fp16")
+    group.add_argument("--accumulate", type=int, default=1, help="parts that a step is done in; takes less memory")
+    group.add_argument("--workers", type=int, default=4, help="processes that read images; default: %(default)s")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--resume", action="store_true", help="go on where the run in the output folder was stopped")
+    group.add_argument("--keep", type=int, default=2, help="checkpoints to keep; default: %(default)s")
+    group.add_argument("--save-every", type=int, metavar="STEPS", help="default: an epoch")
+    group.add_argument("--validate-every", type=int, default=1, metavar="EPOCHS", help="default: 1")
     group.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too")
 
 
-def _evaluate_options(parser: argparse.ArgumentParser) -> None:
-    _trained_model_options(parser)
-    _dataset_options(parser)
-    parser.add_argument("--split", help="what to evaluate on (default: val; coco-stuff: test; of a folder, all: all)")
-    _score_options(parser, "768 for cityscapes, 1024 with several scales; else whole")
-    parser.add_argument("--max-images", type=int, metavar="N", help="only the first so many")
-    parser.add_argument("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix")
-    _device_option(parser)
-
-
-def _predict_options(parser: argparse.ArgumentParser) -> None:
-    _trained_model_options(parser)
-    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="an image, or a folder of images")
-    parser.add_argument("--output", type=Path, required=True, help="folder for masks, overlays and the legend")
-    parser.add_argument("--label-ids", action="store_true", help="masks in Cityscapes' labelIds, as its server takes")
-    _score_options(parser, "whole")
-    _device_option(parser)
-
-
-def _attention_options(parser: argparse.ArgumentParser) -> None:
-    _trained_model_options(parser)
-    parser.add_argument("image", type=Path, metavar="IMAGE")
-    parser.add_argument("--points", type=_point, nargs="+", metavar="X,Y", help="in pixels (default: the middle)")
-    parser.add_argument("--channels", type=int, nargs="+", metavar="N", help="default: the two that vary most")
-    parser.add_argument("--compare", type=Path, nargs="+", metavar="MODEL", help="draw results of these beside it")
-    parser.add_argument("--truth", type=Path, metavar="MASK", help="class numbers, or Cityscapes' *_labelIds.png")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.png")
-    _device_option(parser)
-
-
-def _convert_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="IN", help="a checkpoint of any format, or a model folder")
-    parser.add_argument(
-        "target", type=Path, metavar="OUT", help="*.pth, *.pth.tar, *.pt or *.safetensors; else a model folder"
-    )
-    parser.add_argument("--to", choices=FORMATS, default="danet", help="format of OUT (default: %(default)s)")
-    _file_options(parser)
-
-
-def _prepare_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=DATASETS, metavar="NAME", help=", ".join(DATASETS))
-    parser.add_argument("root", type=Path, metavar="ROOT", help="where it lies; for street-scenes: a new folder")
-    parser.add_argument("--sbd", type=Path, help="voc: the folder of SBD")
-    parser.add_argument("--annotations", type=Path, help="context: the folder of the .mat files")
-    group = parser.add_argument_group("street-scenes, which are drawn")
-    group.add_argument("--train", type=int, metavar="N", help="scenes (default: 400)")
-    group.add_argument("--val", type=int, metavar="N", help="scenes (default: 100)")
-    group.add_argument("--height", type=int, metavar="PIXELS", help="default: 128")
-    group.add_argument("--width", type=int, metavar="PIXELS", help="at least twice the height (default: 256)")
-    group.add_argument("--seed", type=int, metavar="N", help="default: 0")
-
-
-def _models_options(parser: argparse.ArgumentParser) -> None:
-    del parser  # none
-
-
-def _quickstart_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("danet-quickstart"), help="default: %(default)s")
-    parser.add_argument("--seeds", type=int, metavar="N", help="runs of every variant (default: 1)")
-    parser.add_argument("--steps", type=int, metavar="N", help="of each run (default: 300)")
-    parser.add_argument("--fp32", action="store_true", help="not bf16, where the CPU has it")
-
-
-def _dataset_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data set")
-    group.add_argument("--data", choices=DATASETS, required=True, metavar="NAME", help=", ".join(DATASETS))
-    group.add_argument("--root", type=Path, required=True, help="where it lies")
-    group.add_argument("--sbd", type=Path, help="voc: the folder of SBD")
-    group.add_argument("--context-mode", choices=CONTEXT_MODES, help="context: its classes (default: 59)")
-
-
-def _trained_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("trained", type=Path, metavar="MODEL", help="a model folder, or a file of weights")
-    _file_options(parser)
-
-
-def _file_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model, if it is a file of weights")
-    group.add_argument("--model", help="its name; `danet models` lists them")
-    _model_options(group)
-    group.add_argument("--classes-of", choices=NAMED_CLASSES, help="names and colours of the classes")
-
-
-def _model_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--output-stride", type=int, choices=(8, 16, 32), help="default: 8")
-    group.add_argument(
-        "--multi-grid", type=int, nargs="+", metavar="N", help="dilations of the last stage; 4 8 16: the authors' model"
-    )
-    group.add_argument("--channel-variant", choices=("official", "paper"), help="sign in channel attention")
-    group.add_argument(
-        "--no-align-corners", dest="align_corners", action="store_false", help="as some mmsegmentation's"
-    )
-
-
-def _score_options(parser: argparse.ArgumentParser, crop: str) -> None:
-    group = parser.add_argument_group("how scores come about")
-    group.add_argument("--mode", choices=MODES, help="how views are fused (default: official)")
-    group.add_argument("--scales", type=_scale, nargs="+", metavar="SCALE", help="sizes; paper: its eight (default: 1)")
-    group.add_argument("--crop", type=_crop, metavar="N", help=f"side of the windows; whole: none (default: {crop})")
-    group.add_argument("--stride", type=int, metavar="N", help="from window to window (default: about 2/3 of the crop)")
-    group.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror images too; official always does")
-    group.add_argument("--base", type=int, metavar="N", help="long side at scale 1 (default: the image's own)")
-    group.add_argument("--batch", type=int, metavar="N", help="windows at once (default: 1)")
-
-
-def _device_option(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--device", type=_device, default="auto", help="cpu, cuda or cuda:1 (default: a GPU, if any)")
-
-
-def _crop(text: str) -> int | None:
-    return None if text in ("whole", "none") else int(text)
-
-
-def _scale(text: str) -> float | str:
-    return text if text == "paper" else float(text)
-
-
-def _point(text: str) -> tuple[int, int]:
-    x, y = text.split(",")
-    return int(x), int(y)
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise ValueError
-    return text
-
-
-for _type, _name in ((_crop, "size"), (_scale, "scale"), (_point, "point X,Y"), (_device, "device")):
-    _type.__name__ = _name  # in argparse's messages
-
-
-# Commands
+_CHANGES = (
+    *("epochs", "steps", "batch_size", "learning_rate", "head_rate", "optimizer"),
+    *("crop_size", "base_size", "scale", "validation_crop"),
+)
 
 
 def _train(args: argparse.Namespace) -> int:
     import torch
 
+    from .checkpoint import load
     from .distributed import process_group, rank_and_world
     from .model import create_model
     from .recipes import RECIPES, find_recipe
     from .train import train
 
-    first, second = _SPLITS.get(args.data, ("train", "val"))
-    wanted = getattr(args, "val_split", second)
-    with process_group(_found_device(args)) as device:
-        dataset = _dataset(args, getattr(args, "split", first))
-        validation = None if wanted == "none" else _dataset(args, wanted)
-        changes = _given(args, "epochs", "steps", "batch_size", "learning_rate", "crop_size", "base_size", "scale")
-        changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
-        name = getattr(args, "recipe", args.data if args.data in RECIPES else "voc")
-        recipe = find_recipe(name, args.model.partition("_")[0], **changes)
-        torch.manual_seed(args.seed)
-        model = create_model(
-            args.model,
-            len(dataset.classes),
-            **_given(args, *_MODEL_OPTIONS, "stem", "gradient_checkpointing", "backbone_weights"),
-        )
-        model.classes, model.palette = dataset.classes, dataset.palette
-        if "init" in args:
-            _initialise(model, args.init)
-        leads = rank_and_world()[0] == 0
-        if leads:
-            print(f"{args.model}, {len(dataset.classes)} classes, {len(dataset)} images, on {device}\n{recipe}")
-        options = ("amp", "accumulate", "workers", "seed", "resume", "keep", "save_every", "validate_every")
+    if args.recipe is None and args.data not in RECIPES:
+        raise ValueError(f"--data {args.data} has no recipe of its own: name one with --recipe ({', '.join(RECIPES)})")
+    changes = {name: getattr(args, name) for name in _CHANGES if getattr(args, name) is not None}
+    changes |= {name: tuple(changes[name]) for name in ("crop_size", "scale") if name in changes}
+    recipe = find_recipe(args.recipe or args.data, args.model.partition("_")[0], **changes)
+    dataset = _open(args, args.split)
+    validation = None if args.val_split == "off" else _open(args, args.val_split)
+    torch.manual_seed(args.seed)  # of the first weights
+    model = create_model(
+        args.model,
+        len(dataset.classes),
+        stem=args.stem,
+        output_stride=args.output_stride,
+        multi_grid=args.multi_grid,
+        dropout=args.dropout,
+        attention_backend=args.attention_backend,
+        gradient_checkpointing=args.gradient_checkpointing,
+        backbone_weights=args.backbone_weights,
+    )
+    if args.init is not None:
+        load(model, args.init)
+    model.classes, model.palette = dataset.classes, dataset.palette
+    with process_group(args.device) as device:
+        speaks = rank_and_world()[0] == 0
+        if speaks:
+            print(recipe)
         result = train(
             model,
             dataset,
@@ -292,265 +279,201 @@ def _train(args: argparse.Namespace) -> int:
             args.output,
             validation=validation,
             device=device,
-            **_given(args, *options, "tensorboard"),
+            amp=args.amp,
+            accumulate=args.accumulate,
+            workers=args.workers,
+            seed=args.seed,
+            resume=args.resume,
+            keep=args.keep,
+            save_every=args.save_every,
+            validate_every=args.validate_every,
+            tensorboard=args.tensorboard,
         )
-    if not leads:
-        return 0 if result.finished else STOPPED
-    if not result.finished:
-        print(f"danet train: stopped by a signal after step {result.steps}, saved; --resume goes on", file=sys.stderr)
-        return STOPPED
-    score = "" if result.mean_iou is None else f", mIoU {result.mean_iou:.2%}, at best {result.best_mean_iou:.2%}"
-    print(f"{result.steps} steps done{score}; the model is in {args.output / 'last'}")
-    return 0
+        if speaks and result.finished:
+            print(f"done after {result.steps} steps; the model is in {args.output}/last")
+            if result.best_mean_iou is not None:
+                print(f"best mean IoU {100 * result.best_mean_iou:.2f}, in {args.output}/best")
+        elif speaks:
+            print(f"stopped after {result.steps} steps, which are saved; go on with the same command and --resume")
+    return 0 if result.finished else STOPPED
+
+
+# evaluate, predict, attention
+
+
+def _evaluate_options(command: argparse.ArgumentParser) -> None:
+    _model_options(command)
+    _data_options(command, "val")
+    _inference_options(command, "768")
+    _device_option(command)
+    command.add_argument("--max-images", type=int, help="only the first so many")
+    command.add_argument("--confusion", metavar="FILE", help="write the confusion matrix as a picture")
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
     from .data.images import write_image
     from .distributed import process_group, rank_and_world
     from .evaluate import evaluate
     from .metrics import confusion_picture
 
-    options = _scores(args)
-    if "crop" not in options:
-        several = len(options.get("scales", ())) > 1
-        options["crop"] = (1024 if several else 768) if args.data == "cityscapes" else None
-    with process_group(_found_device(args)) as device:
-        dataset = _dataset(args, getattr(args, "split", _SPLITS.get(args.data, ("train", "val"))[1]))
-        model = _model(args.trained, args)
-        matrix = evaluate(model, dataset, device=device, **_given(args, "max_images"), **options)
-        if rank_and_world()[0] != 0:
-            return 0
-    said = ", ".join(f"{name} {'whole' if value is None else value}" for name, value in options.items())
-    print(f"{args.trained} on {args.root}: {said}")
-    print(matrix.table(dataset.classes, getattr(dataset, "background_counts_as_zero", False)))
-    if "confusion" in args:
-        write_image(args.confusion, confusion_picture(matrix, dataset.classes))
+    dataset = _open(args, args.split)
+    model = _load(args, args.model)
+    with process_group(args.device) as device:
+        matrix = evaluate(model, dataset, device=device, max_images=args.max_images, **_inference(args))
+        if rank_and_world()[0] == 0:
+            print(matrix.table(dataset.classes, getattr(dataset, "background_counts_as_zero", False)))
+            if args.confusion is not None:
+                write_image(Path(args.confusion), confusion_picture(matrix, dataset.classes))
     return 0
+
+
+def _predict_options(command: argparse.ArgumentParser) -> None:
+    _model_options(command)
+    command.add_argument("paths", nargs="+", metavar="IMAGE_OR_FOLDER")
+    command.add_argument("--output", "-o", required=True, help="folder for masks, overlays and the legend")
+    command.add_argument("--label-ids", action="store_true", help="masks as Cityscapes' server takes them")
+    _inference_options(command, "none")
+    _device_option(command)
 
 
 def _predict(args: argparse.Namespace) -> int:
     from .distributed import process_group
     from .predict import predict
 
-    def progress(line: str) -> None:
-        print(line, file=sys.stderr)
-
-    with process_group(_found_device(args)) as device:
+    with process_group(args.device) as device:
         report = predict(
-            _model(args.trained, args),
+            _load(args, args.model),
             args.paths,
             args.output,
             device=device,
-            progress=progress,
-            **_given(args, "label_ids"),
-            **({"crop": None} | _scores(args)),
+            label_ids=args.label_ids,
+            progress=lambda line: print(line, file=sys.stderr),
+            **_inference(args),
         )
     print(report)
     return 1 if report.failures else 0
 
 
+def _attention_options(command: argparse.ArgumentParser) -> None:
+    _model_options(command)
+    command.add_argument("image", metavar="IMAGE")
+    command.add_argument("--points", nargs="+", metavar="X,Y", help="pixels, from the upper left; default: the middle")
+    command.add_argument("--channels", type=int, nargs="+", metavar="N", help="default: the two that vary most")
+    command.add_argument("--truth", metavar="MASK", help="class numbers, to show beside the result")
+    command.add_argument("--compare", metavar="MODEL", help="instead: results with and without, side by side")
+    command.add_argument("--output", "-o", default="attention.png", help="default: %(default)s")
+    _device_option(command)
+
+
 def _attention(args: argparse.Namespace) -> int:
-    from .data.images import read_image, write_image
+    from pathlib import Path
+
+    import numpy as np
+
+    from .data.images import read_image, read_labels, write_image
     from .distributed import process_group
     from .visualize import attention_panel, channel_attention_report, compare_panel
 
-    if "compare" in args and ("points" in args or "channels" in args):
-        raise ValueError("--compare draws results alone; leave out --points and --channels")
-    image = read_image(args.image)  # uint8 [H, W, 3]
-    truth = _truth(args.truth) if "truth" in args else None
-    with process_group(_found_device(args)) as device:
-        models = [_model(path, args).to(device) for path in (args.trained, *getattr(args, "compare", ()))]
-        model = models[0]
-        if "compare" in args:
-            captions = _captions(models, [args.trained, *args.compare])
-            picture = compare_panel(list(zip(captions, models, strict=True)), image, truth)
+    with process_group(args.device) as device:
+        image = read_image(Path(args.image))  # uint8 [H, W, 3]
+        truth = None if args.truth is None else read_labels(Path(args.truth)).astype(np.uint8)  # [H, W]
+        model = _load(args, args.model).to(device)
+        if args.compare is not None:
+            other = _load(args, args.compare).to(device)
+            models = [
+                (f"{path} ({one.head.variant})", one) for path, one in ((args.model, model), (args.compare, other))
+            ]
+            picture = compare_panel(models, image, truth)
         else:
-            middle = [(image.shape[1] // 2, image.shape[0] // 2)] if hasattr(model.head, "position_attention") else []
-            points = getattr(args, "points", middle)
-            picture = attention_panel(model, image, points, truth=truth, **_given(args, "channels"))
-        write_image(args.output, picture)
-        if hasattr(model.head, "channel_attention") and "compare" not in args:
-            print(channel_attention_report(model, image))
+            if args.points is not None:
+                points = [_point(text) for text in args.points]
+            else:
+                middle = (image.shape[1] // 2, image.shape[0] // 2)
+                points = [middle] if hasattr(model.head, "position_attention") else []
+            picture = attention_panel(model, image, points, channels=args.channels, truth=truth)
+            if hasattr(model.head, "channel_attention"):
+                print(channel_attention_report(model, image))
+    write_image(Path(args.output), picture)
+    print(f"wrote {args.output}")
     return 0
+
+
+def _point(text: str) -> tuple[int, int]:
+    try:
+        x, y = map(int, text.split(","))
+    except ValueError:
+        raise ValueError(f"--points: {text!r} is no point, expected X,Y such as 300,400") from None
+    return x, y
+
+
+# convert, prepare, models, quickstart
+
+
+def _convert_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", metavar="IN", help="checkpoint; its format is recognised")
+    command.add_argument("target", metavar="OUT", help=".safetensors, or .pth for torch.save")
+    command.add_argument("--to", default="danet", help="danet (default), official, mmsegmentation or tramac")
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from .checkpoint import convert, detect, read
+    from pathlib import Path
 
-    source, target = args.source, args.target
-    if target.exists():
-        raise FileExistsError(f"{target} is there already; choose another name")
-    state = read(_weights_file(source))
-    kind = detect(state)
-    if target.suffix in (".pth", ".pt", ".tar", ".safetensors"):
-        _write_weights(convert(state, args.to), target, args.to)
-    elif args.to == "danet":
-        _model(source, args).save_pretrained(target)
-    else:
-        raise ValueError(f"{target}: weights of the format {args.to!r} need a file name, such as {target}.pth")
-    print(f"{source} ({kind}) -> {target} ({args.to})")
+    from .checkpoint import convert, detect, read, write
+
+    state = read(args.source)
+    found = detect(state)
+    write(convert(state, args.to), Path(args.target))
+    print(f"{args.source} ({found}) -> {args.target} ({args.to})")
     return 0
 
 
+def _prepare_options(command: argparse.ArgumentParser) -> None:
+    names = "cityscapes, voc, context, coco-stuff, folder; or street-scenes, which are drawn"
+    command.add_argument("name", metavar="NAME", help=names)
+    command.add_argument("root", metavar="ROOT", help="folder of the data set")
+    command.add_argument("--sbd", help="voc: folder of SBD, whose masks are written as PNG")
+    command.add_argument("--annotations", help="context: folder of the .mat files with 459 labels")
+    group = command.add_argument_group("street-scenes")
+    group.add_argument("--train", type=int, default=400, help="number of scenes; default: %(default)s")
+    group.add_argument("--val", type=int, default=100, help="default: %(default)s")
+    group.add_argument("--size", type=int, nargs=2, default=(128, 256), metavar=("HEIGHT", "WIDTH"))
+    group.add_argument("--seed", type=int, default=0)
+
+
 def _prepare(args: argparse.Namespace) -> int:
-    from .data import open_dataset, prepare
+    from .data import prepare
     from .data.street_scenes import write_street_scenes
 
-    drawing = _given(args, "train", "val", "height", "width", "seed")
-    steps = _given(args, "sbd", "annotations")
-    if args.name != "street-scenes":
-        if drawing:
-            raise ValueError(f"--{next(iter(drawing))} is for street-scenes, not for {args.name}")
-        lines = prepare(args.name, args.root, **steps)
-    else:
-        if steps:
-            raise ValueError(f"--{next(iter(steps))} is not for street-scenes")
-        write_street_scenes(args.root, **drawing)
-        counts = [f"{len(open_dataset('street-scenes', args.root, split))} {split}" for split in ("train", "val")]
-        lines = [f"{args.root}: {' and '.join(counts)} scenes, in Cityscapes' layout"]
-    print("\n".join(lines))
+    if args.name == "street-scenes":
+        height, width = args.size
+        write_street_scenes(args.root, args.train, args.val, height=height, width=width, seed=args.seed)
+        print(f"{args.train} scenes to train on and {args.val} to validate on are in {args.root}")
+        return 0
+    print("\n".join(prepare(args.name, args.root, sbd=args.sbd, annotations=args.annotations)))
     return 0
 
 
 def _models(args: argparse.Namespace) -> int:
+    from .data import DATASETS
     from .model import list_models
     from .recipes import RECIPES
 
-    for title, names in (("models, for --model:", list_models()), ("recipes, for --recipe:", RECIPES)):
-        print("\n  ".join([title, *names]))
+    for title, names in (("models", list_models()), ("recipes", RECIPES), ("data sets", DATASETS)):
+        print(f"{title}:", *names, sep="\n  ")
     return 0
+
+
+def _quickstart_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", "-o", default="quickstart", help="folder for all it makes; default: %(default)s")
+    command.add_argument("--seeds", type=int, default=1, help="runs of each model, to see the spread; default: 1")
+    command.add_argument("--steps", type=int, help="of each run; fewer: sooner done, less learnt")
+    command.add_argument("--amp", default="off", help="mixed precision: off (default) or bf16")
 
 
 def _quickstart(args: argparse.Namespace) -> int:
     from .quickstart import quickstart
 
-    def progress(line: str) -> None:
-        print(line, file=sys.stderr)
-
-    print(
-        quickstart(
-            args.output, bf16=False if "fp32" in args else None, progress=progress, **_given(args, "seeds", "steps")
-        )
-    )
+    print(quickstart(args.output, seeds=args.seeds, steps=args.steps, amp=args.amp))
     return 0
-
-
-# name, what runs it, its options, what it does, an example without its first two words
-_COMMANDS: tuple[
-    tuple[str, Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None], str, str], ...
-] = (
-    (
-        "quickstart",
-        _quickstart,
-        _quickstart_options,
-        "draw street scenes, train four small models on them and compare these; minutes on a CPU",
-        "--output first-run",
-    ),
-    (
-        "prepare",
-        _prepare,
-        _prepare_options,
-        "check a data set, and write what is still missing; or draw street scenes",
-        "street-scenes scenes --train 400 --val 100",
-    ),
-    (
-        "train",
-        _train,
-        _train_options,
-        "train a model on a data set",
-        "--data street-scenes --root scenes --model danet_tiny --output run",
-    ),
-    (
-        "evaluate",
-        _evaluate,
-        _evaluate_options,
-        "print the IoU of every class on a data set",
-        "run/best --data street-scenes --root scenes",
-    ),
-    (
-        "predict",
-        _predict,
-        _predict_options,
-        "write masks and coloured overlays of photographs",
-        "run/best photographs --output masks",
-    ),
-    (
-        "attention",
-        _attention,
-        _attention_options,
-        "draw what points of an image attend to, or results of several models side by side",
-        "run/best photograph.png --points 60,90 200,100 --output attention.png",
-    ),
-    (
-        "convert",
-        _convert,
-        _convert_options,
-        "convert weights between this package, the authors' code, mmsegmentation and Tramac",
-        "DANet101.pth.tar danet101 --model danet_resnet101 --multi-grid 4 8 16 --classes-of cityscapes",
-    ),
-    ("models", _models, _models_options, "list the names of models and recipes", ""),
-)
-
-
-# What commands share
-
-_MODEL_OPTIONS = ("output_stride", "multi_grid", "channel_variant", "align_corners")
-
-
-def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Those of the options that the user gave."""
-    return {name: getattr(args, name) for name in names if name in args}
-
-
-def _found_device(args: argparse.Namespace) -> str:
-    import torch
-
-    found: str = args.device
-    if found == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return found
-
-
-def _dataset(args: argparse.Namespace, split: str) -> SegmentationDataset:
-    from .data import open_dataset
-
-    options = _given(args, "sbd") | ({"mode": args.context_mode} if "context_mode" in args else {})
-    return open_dataset(args.data, args.root, None if (args.data, split) == ("folder", "all") else split, **options)
-
-
-def _scores(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of predict_scores that were given."""
-    from .inference import EVALUATION_SCALES
-
-    options = _given(args, "mode", "scales", "crop", "stride", "flip", "base", "batch")
-    if "scales" in options:
-        if "paper" in options["scales"] and len(options["scales"]) > 1:
-            raise ValueError("--scales paper stands for all eight scales; leave out the others")
-        options["scales"] = EVALUATION_SCALES if options["scales"] == ["paper"] else tuple(options["scales"])
-    return options
-
-
-def _model(path: Path, args: argparse.Namespace) -> DANet:
-    """A model of a folder, or of a file of weights with the options that the user gave."""
-    from .backbone import stem_of
-    from .checkpoint import convert, load, read
-    from .model import DANet, create_model
-
-    if path.is_dir():
-        needless = _given(args, "model", *_MODEL_OPTIONS)
-        if needless:
-            raise ValueError(f"{path} is a model folder, which knows its {next(iter(needless))}; leave out that option")
-        model = DANet.from_pretrained(path)
-    else:
-        state = convert(read(path), "danet")
-        if "model" not in args:
-            raise ValueError(
-                f"{path} is a file of weights: say of what, as --model danet_resnet101; `danet models` lists them"
-            )
-        stem = stem_of({name.removeprefix("backbone."): tensor for name, tensor in state.items()})
-        classes = len(state["head.classifier.1.bias"])
-        model = create_model(args.model, classes, stem=stem or "plain", **_given(args, *_MODEL_OPTIONS))
-        load(model, path)
-    if "classes_of" in args:
-        model.classes, model.palette = _classes_of(args.classes_of, model.num_classes)
-    return model.eval()
