@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ def process_group(device: str = "cpu") -> Iterator[torch.device]:
     try:
         yield wanted
     finally:
+        gc.collect()  # DistributedDataParallel lies in cycles of references and would keep the group until Python's end
         dist.destroy_process_group()
 
 
