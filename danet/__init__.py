@@ -13,18 +13,25 @@ if TYPE_CHECKING:
     from .backbone import ResNet, TimmBackbone
     from .head import DANetHead, Logits
     from .model import DANet, create_model, list_models, receptive_field
+    from .swapping import Pattern, SwapReport, find_attention, register_pattern, swap, unswap
 
 _HOMES = {
     "ChannelAttention": "attention",
     "DANet": "model",
     "DANetHead": "head",
     "Logits": "head",
+    "Pattern": "swapping",
     "PositionAttention": "attention",
     "ResNet": "backbone",
+    "SwapReport": "swapping",
     "TimmBackbone": "backbone",
     "create_model": "model",
+    "find_attention": "swapping",
     "list_models": "model",
     "receptive_field": "model",
+    "register_pattern": "swapping",
+    "swap": "swapping",
+    "unswap": "swapping",
 }
 
 __all__ = [
@@ -32,12 +39,18 @@ __all__ = [
     "DANet",
     "DANetHead",
     "Logits",
+    "Pattern",
     "PositionAttention",
     "ResNet",
+    "SwapReport",
     "TimmBackbone",
     "create_model",
+    "find_attention",
     "list_models",
     "receptive_field",
+    "register_pattern",
+    "swap",
+    "unswap",
 ]
 
 
