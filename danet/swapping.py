@@ -116,6 +116,7 @@ class _Fused:
 
     def __init__(self, module: nn.Module, pattern: Pattern, backend: str, options: dict[str, Any]) -> None:
         self.module, self.pattern, self.backend, self.options = module, pattern, backend, options
+        self.before = vars(module).get("forward")  # None: the class has it
 
     def __call__(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H, W]
         gamma = _scalar(self.module, self.pattern).reshape(1)
@@ -184,7 +185,10 @@ def unswap(model: nn.Module) -> int:
     """Restore what swap has replaced. Returns the number of modules."""
     swapped = [module for module in model.modules() if isinstance(vars(module).get("forward"), _Fused)]
     for module in swapped:
+        before = vars(module)["forward"].before
         del module.forward
+        if before is not None:
+            module.forward = before
     return len(swapped)
 
 

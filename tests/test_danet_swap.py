@@ -166,6 +166,15 @@ def test_the_fused_operation_is_what_runs(monkeypatch):
     assert unswap(model) == 0
 
 
+def test_a_forward_that_was_put_on_the_instance_comes_back():
+    module = channel("CAM_Module", "gamma")
+    model, own = nn.Sequential(module), module.forward
+    module.forward = own
+    assert swap(model).swapped
+    unswap(model)
+    assert vars(module)["forward"] == own
+
+
 def criss_cross():
     """The names of position attention on rows and columns alone."""
     module = position("CrissCrossAttention", ("query_conv", "key_conv", "value_conv"), "gamma")
