@@ -105,7 +105,7 @@ def _data_options(command: argparse.ArgumentParser, split: str) -> None:
     names = "cityscapes, voc, context, coco-stuff, folder or street-scenes"
     command.add_argument("--data", required=True, metavar="NAME", help=names)
     command.add_argument("--root", required=True, help="folder of the data set")
-    command.add_argument("--split", default=split, help="default: %(default)s; none: all of a folder")
+    command.add_argument("--split", help=f"default: {split}; none: all of a folder")
     command.add_argument("--sbd", help="voc: folder of SBD, for the split train_aug")
     command.add_argument("--context-mode", metavar="MODE", help="context: 59, 60 or 59-reported")
 
@@ -174,10 +174,11 @@ def _inference(args: argparse.Namespace) -> dict[str, Any]:
     from .inference import EVALUATION_SCALES
 
     paper = args.scales == ["paper"]
+    crop = args.crop or ("768" if getattr(args, "data", None) == "cityscapes" else "none")
     return {
         "mode": args.mode,
         "scales": EVALUATION_SCALES if paper else [_number(scale, "--scales") for scale in args.scales],
-        "crop": None if args.crop == "none" else int(_number(args.crop, "--crop")),
+        "crop": None if crop == "none" else int(_number(crop, "--crop")),
         "stride": args.stride,
         "flip": args.flip,
         "base": args.base,
@@ -196,7 +197,7 @@ def _number(text: str, option: str) -> float:
 
 
 def _train_options(command: argparse.ArgumentParser) -> None:
-    _data_options(command, "train")
+    _data_options(command, "train, for voc train_aug")
     command.add_argument("--val-split", default="val", help="split to validate on, or off; default: %(default)s")
     command.add_argument("--model", default="danet_resnet50", help="see `danet models`; default: %(default)s")
     command.add_argument("--output", "-o", required=True, help="folder for checkpoints, log, pictures and models")
@@ -251,7 +252,7 @@ def _train(args: argparse.Namespace) -> int:
     changes = {name: getattr(args, name) for name in _CHANGES if getattr(args, name) is not None}
     changes |= {name: tuple(changes[name]) for name in ("crop_size", "scale") if name in changes}
     recipe = find_recipe(args.recipe or args.data, args.model.partition("_")[0], **changes)
-    dataset = _open(args, args.split)
+    dataset = _open(args, args.split or ("train_aug" if args.data == "voc" else "train"))
     validation = None if args.val_split == "off" else _open(args, args.val_split)
     torch.manual_seed(args.seed)  # of the first weights
     model = create_model(
@@ -304,7 +305,7 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate_options(command: argparse.ArgumentParser) -> None:
     _model_options(command)
     _data_options(command, "val")
-    _inference_options(command, "768")
+    _inference_options(command, "768 for cityscapes, else none")
     _device_option(command)
     command.add_argument("--max-images", type=int, help="only the first so many")
     command.add_argument("--confusion", metavar="FILE", help="write the confusion matrix as a picture")
@@ -318,7 +319,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from .evaluate import evaluate
     from .metrics import confusion_picture
 
-    dataset = _open(args, args.split)
+    dataset = _open(args, args.split or "val")
     model = _load(args, args.model)
     with process_group(args.device) as device:
         matrix = evaluate(model, dataset, device=device, max_images=args.max_images, **_inference(args))

@@ -165,6 +165,35 @@ def test_the_scales_of_the_paper(saved):
     assert options["crop"] == 1024
 
 
+@pytest.mark.parametrize(
+    ("words", "crop"),
+    [
+        (["evaluate", "m", "--data", "cityscapes", "--root", "r"], 768),
+        (["evaluate", "m", "--data", "voc", "--root", "r"], None),
+        (["evaluate", "m", "--data", "cityscapes", "--root", "r", "--crop", "none"], None),
+        (["predict", "m", "photo.png", "-o", "out"], None),
+    ],
+)
+def test_windows_by_default(words, crop):
+    assert cli._inference(cli.parser().parse_args(words))["crop"] == crop
+
+
+def test_voc_is_trained_on_train_aug(monkeypatch, capsys):
+    """Which has SBD's masks and nothing of val; the other data sets on train."""
+    opened = []
+
+    def opening(name, root, split=None, **options):
+        opened.append((name, split))
+        raise ValueError("far enough")
+
+    monkeypatch.setattr("danet.data.open_dataset", opening)
+    for name in ("voc", "context"):
+        assert run("train", "--data", name, "--root", "r", "-o", "o") == 2
+    assert run("train", "--data", "voc", "--root", "r", "-o", "o", "--split", "trainval") == 2
+    assert opened == [("voc", "train_aug"), ("context", "train"), ("voc", "trainval")]
+    assert "far enough" in capsys.readouterr().err
+
+
 def test_predict(scenes, saved, tmp_path, capsys):
     images = scenes / "leftImg8bit" / "val"
     assert run("predict", saved, images, "-o", tmp_path / "out", "--label-ids") == 0
