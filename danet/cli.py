@@ -128,9 +128,7 @@ def _model_options(command: argparse.ArgumentParser) -> None:
 def _inference_options(command: argparse.ArgumentParser, crop: str) -> None:
     command.add_argument("--mode", default="official", help="official (default), mmseg or probability")
     command.add_argument("--scales", nargs="+", default=["1"], help="such as 0.75 1 1.25; paper: its eight")
-    command.add_argument(
-        "--crop", default=crop, help="side of the windows, or none: whole images; default: %(default)s"
-    )
+    command.add_argument("--crop", help=f"side of the windows, or none: whole images; default: {crop}")
     command.add_argument("--stride", type=int, help="pixels between windows; default: 2/3 of the crop")
     command.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirrored views too")
     command.add_argument("--base", type=int, help="long side in pixels at scale 1; Cityscapes: 2048; default: its own")
