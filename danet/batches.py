@@ -18,6 +18,9 @@ from .data.sample import SegmentationDataset
 from .data.transforms import augment, to_tensor
 from .recipes import Recipe
 
+GRACE = 20
+"""Seconds that a worker goes on after SIGTERM."""
+
 
 class Batch(NamedTuple):
     images: Tensor  # fp32 [b, 3, h, w], normalised
@@ -96,15 +99,18 @@ def load(
         num_workers=workers,
         collate_fn=_together,
         pin_memory=pin_memory,
-        worker_init_fn=_heed_no_signals,
+        worker_init_fn=_outlive_signals,
         generator=torch.Generator(),  # of seeds for workers; else it would draw from the caller's
     )
 
 
-def _heed_no_signals(_: int) -> None:
-    """Ctrl-C, and often SIGTERM, reach all processes of a group: the step that is to end needs its images."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _outlive_signals(_: int) -> None:
+    """Ctrl-C, and often SIGTERM, reach all processes of a group: the step that is to end needs its images.
+
+    SIGTERM ends a worker GRACE seconds later: it is also how Python ends workers that are left over.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def _together(views: list[tuple[Tensor, Tensor] | Exception]) -> Batch | Exception:

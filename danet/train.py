@@ -147,37 +147,40 @@ def train(
         folder.save(step, state | {"scaler": scaler.state_dict(), "best_mean_iou": best} | identity)
 
     stopped = False
-    with _told_to_stop() as told, torch.random.fork_rng([device] if device.type == "cuda" else []):
-        step = first
-        while step < total and not stopped:
-            start = time.monotonic()
-            parts = [_on(next(batches), device) for _ in range(accumulate)]
-            torch.manual_seed(_seed_of(seed, step, rank))  # of dropout
-            recipe.set_rate(optimizer, step, total)
-            optimizer.zero_grad()
-            losses = accumulate_gradients(
-                net, parts, weights=recipe.loss_weights, amp=amp, scaler=scaler, stop=told.is_set()
-            )
-            if not math.isfinite(losses.total) and (amp != "fp16" or scaler.get_scale() < 1):
-                raise FloatingPointError(
-                    f"the loss is {losses.total} in step {step}; a lower learning rate or another precision may help"
+    try:
+        with _told_to_stop() as told, torch.random.fork_rng([device] if device.type == "cuda" else []):
+            step = first
+            while step < total and not stopped:
+                start = time.monotonic()
+                parts = [_on(next(batches), device) for _ in range(accumulate)]
+                torch.manual_seed(_seed_of(seed, step, rank))  # of dropout
+                recipe.set_rate(optimizer, step, total)
+                optimizer.zero_grad()
+                losses = accumulate_gradients(
+                    net, parts, weights=recipe.loss_weights, amp=amp, scaler=scaler, stop=told.is_set()
                 )
-            scaler.step(optimizer)  # leaves a step out whose fp16 gradients have overflowed
-            scaler.update()
-            step += 1
-            _log_step(folder, losses, step, recipe, optimizer, time.monotonic() - start)
-            report.done(step, f", loss {losses.total:.3f}")
-            stopped = losses.stop
+                if not math.isfinite(losses.total) and (amp != "fp16" or scaler.get_scale() < 1):
+                    raise FloatingPointError(
+                        f"the loss is {losses.total} in step {step}; try a lower learning rate or another precision"
+                    )
+                scaler.step(optimizer)  # leaves a step out whose fp16 gradients have overflowed
+                scaler.update()
+                step += 1
+                _log_step(folder, losses, step, recipe, optimizer, time.monotonic() - start)
+                report.done(step, f", loss {losses.total:.3f}")
+                stopped = losses.stop
 
-            epoch, within = divmod(step, an_epoch)
-            due = step == total or (within == 0 and epoch % validate_every == 0)
-            if validation is not None and due and not stopped:
-                last = _validate(model, validation, recipe, device, amp, folder, step)
-                if best is None or last > best:
-                    best = last
-                    folder.save_model("best", model)
-            if stopped or step == total or (within == 0 if save_every is None else step % save_every == 0):
-                save(step)
+                epoch, within = divmod(step, an_epoch)
+                due = step == total or (within == 0 and epoch % validate_every == 0)
+                if validation is not None and due and not stopped:
+                    last = _validate(model, validation, recipe, device, amp, folder, step)
+                    if best is None or last > best:
+                        best = last
+                        folder.save_model("best", model)
+                if stopped or step == total or (within == 0 if save_every is None else step % save_every == 0):
+                    save(step)
+    finally:
+        del batches  # ends its workers, also where a traceback keeps this frame
     if not stopped:
         folder.save_model("last", model)
     folder.log("stopped" if stopped else "finished", step)

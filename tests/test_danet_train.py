@@ -1,6 +1,7 @@
 """Training: what a step computes, and that a run can be stopped and resumed anywhere."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -461,6 +462,7 @@ def test_an_image_that_cannot_be_read_is_named(scenes, tmp_path, workers):
     with pytest.raises(ValueError, match=r"drawn_000001_000019_leftImg8bit.png") as caught:
         run(dataset, tmp_path / "run", workers=workers)
     assert "Traceback" not in str(caught.value)
+    assert multiprocessing.active_children() == []  # although the exception is still held
 
 
 def test_a_split_without_masks_is_refused(dataset, tmp_path):
