@@ -48,7 +48,7 @@ def quickstart(
     (the variants side by side) and attention.png (what points attend to).
 
     Args:
-        output: a folder; runs that are in it are gone on with, not repeated.
+        output: a folder; runs that are in it are gone on with, not repeated: their seconds are those of this call.
         seeds: runs for each variant, with scenes of their own.
         steps: of each run; None: the recipe's.
         amp: as danet.train.train. Layers as small as these are slower in bf16, even where the CPU multiplies it.

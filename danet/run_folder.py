@@ -53,9 +53,7 @@ class RunFolder:
             state: dict[str, Any] = torch.load(newest, map_location="cpu", weights_only=True)
         except Exception as error:  # zip, pickle and torch have one of their own for every kind of damage
             reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"{newest} cannot be read ({reason}); without it, the run goes on from the one before"
-            ) from None
+            raise ValueError(f"{newest} cannot be read ({reason}); delete it to go on from the one before") from None
         return state
 
     def save(self, step: int, state: dict[str, Any]) -> None:

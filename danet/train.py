@@ -179,12 +179,12 @@ def train(
                         folder.save_model("best", model)
                 if stopped or step == total or (within == 0 if save_every is None else step % save_every == 0):
                     save(step)
+        if not stopped:
+            folder.save_model("last", model)
+        folder.log("stopped" if stopped else "finished", step)
     finally:
         del batches  # ends its workers, also where a traceback keeps this frame
-    if not stopped:
-        folder.save_model("last", model)
-    folder.log("stopped" if stopped else "finished", step)
-    folder.close()
+        folder.close()
     return Result(step, not stopped, last, best)
 
 

@@ -333,6 +333,21 @@ def test_a_bug_is_not_hidden(monkeypatch):
         run("models")
 
 
+def test_only_a_missing_extra_is_told_in_one_line(monkeypatch, capsys):
+    def missing(name):
+        def command(args):
+            raise ImportError(f"no {name}", name=name)
+
+        return command
+
+    monkeypatch.setattr(cli, "_models", missing("scipy"))
+    assert run("models") == 2
+    assert "danet models: no scipy" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "_models", missing("danet.modle"))
+    with pytest.raises(ImportError):
+        run("models")
+
+
 def test_an_interruption_is_no_error(monkeypatch):
     def interrupted(args):
         raise KeyboardInterrupt

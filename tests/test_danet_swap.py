@@ -232,6 +232,20 @@ def test_our_own_modules_and_those_already_swapped_are_left_out():
     assert find_attention(model) == []
 
 
+def test_the_width_of_a_real_network(monkeypatch):
+    """512 channels, and weights far from those of the start: sums are longer, and the map is sharper."""
+    monkeypatch.setitem(globals(), "C", 512)
+    monkeypatch.setitem(globals(), "D", 64)
+    torch.manual_seed(0)
+    model = nn.Sequential(position("PAM_Module", ("query_conv", "key_conv", "value_conv"), "gamma"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(20)
+    report = swap(model)
+    assert report.swapped, str(report)
+    assert report.found[0].error < 1e-9
+
+
 def test_scaled_logits_are_recognised():
     model = nn.Sequential(position("PAM", ("query_conv", "key_conv", "value_conv"), "gamma", scale=D**-0.5))
     report = swap(model)
