@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .cli_tools import add_tools
+
 if TYPE_CHECKING:
     from .data import SegmentationDataset
     from .model import DANet
@@ -44,7 +46,6 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser("danet", description="Dual attention segmentation: train, evaluate, use.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = _Adder(commands)
-    _quickstart_options(add("quickstart", _quickstart, "train four small models on drawn scenes: a first look", ""))
     _train_options(
         add(
             "train",
@@ -73,11 +74,7 @@ def parser() -> argparse.ArgumentParser:
             "danet attention runs/first/best street.png --points 300,400 900,420 -o panel.png",
         )
     )
-    _convert_options(
-        add("convert", _convert, "rewrite a checkpoint with another project's names", "danet convert IN.pth OUT.pth")
-    )
-    _prepare_options(add("prepare", _prepare, "check a data set and make it ready", "danet prepare voc data --sbd SBD"))
-    add("models", _models, "names of models, recipes and data sets", "danet models")
+    add_tools(add)
     return top
 
 
@@ -407,74 +404,3 @@ def _point(text: str) -> tuple[int, int]:
     except ValueError:
         raise ValueError(f"--points: {text!r} is no point, expected X,Y such as 300,400") from None
     return x, y
-
-
-# convert, prepare, models, quickstart
-
-
-def _convert_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", metavar="IN", help="checkpoint; its format is recognised")
-    command.add_argument("target", metavar="OUT", help=".safetensors, or .pth for torch.save")
-    command.add_argument("--to", default="danet", help="danet (default), official, mmsegmentation or tramac")
-
-
-def _convert(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from .checkpoint import convert, detect, read, write
-
-    state = read(args.source)
-    found = detect(state)
-    write(convert(state, args.to), Path(args.target))
-    print(f"{args.source} ({found}) -> {args.target} ({args.to})")
-    return 0
-
-
-def _prepare_options(command: argparse.ArgumentParser) -> None:
-    names = "cityscapes, voc, context, coco-stuff, folder; or street-scenes, which are drawn"
-    command.add_argument("name", metavar="NAME", help=names)
-    command.add_argument("root", metavar="ROOT", help="folder of the data set")
-    command.add_argument("--sbd", help="voc: folder of SBD, whose masks are written as PNG")
-    command.add_argument("--annotations", help="context: folder of the .mat files with 459 labels")
-    group = command.add_argument_group("street-scenes")
-    group.add_argument("--train", type=int, default=400, help="number of scenes; default: %(default)s")
-    group.add_argument("--val", type=int, default=100, help="default: %(default)s")
-    group.add_argument("--size", type=int, nargs=2, default=(128, 256), metavar=("HEIGHT", "WIDTH"))
-    group.add_argument("--seed", type=int, default=0)
-
-
-def _prepare(args: argparse.Namespace) -> int:
-    from .data import prepare
-    from .data.street_scenes import write_street_scenes
-
-    if args.name == "street-scenes":
-        height, width = args.size
-        write_street_scenes(args.root, args.train, args.val, height=height, width=width, seed=args.seed)
-        print(f"{args.train} scenes to train on and {args.val} to validate on are in {args.root}")
-        return 0
-    print("\n".join(prepare(args.name, args.root, sbd=args.sbd, annotations=args.annotations)))
-    return 0
-
-
-def _models(args: argparse.Namespace) -> int:
-    from .data import DATASETS
-    from .model import list_models
-    from .recipes import RECIPES
-
-    for title, names in (("models", list_models()), ("recipes", RECIPES), ("data sets", DATASETS)):
-        print(f"{title}:", *names, sep="\n  ")
-    return 0
-
-
-def _quickstart_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--output", "-o", default="quickstart", help="folder for all it makes; default: %(default)s")
-    command.add_argument("--seeds", type=int, default=1, help="runs of each model, to see the spread; default: 1")
-    command.add_argument("--steps", type=int, help="of each run; fewer: sooner done, less learnt")
-    command.add_argument("--amp", default="off", help="mixed precision: off (default) or bf16")
-
-
-def _quickstart(args: argparse.Namespace) -> int:
-    from .quickstart import quickstart
-
-    print(quickstart(args.output, seeds=args.seeds, steps=args.steps, amp=args.amp))
-    return 0

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from danet import DANet, cli, create_model
+from danet import DANet, cli, cli_tools, create_model
 from danet.data.images import read_image, read_labels, write_image
 from danet.data.street_scenes import write_street_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("quickstart", "train", "evaluate", "predict", "attention", "convert", "prepare", "models")
+COMMANDS = (
+    *("quickstart", "train", "evaluate", "predict", "attention"),
+    *("convert", "prepare", "swap-report", "models"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +331,7 @@ def test_a_bug_is_not_hidden(monkeypatch):
     def broken(args):
         raise AttributeError("a bug")
 
-    monkeypatch.setattr(cli, "_models", broken)
+    monkeypatch.setattr(cli_tools, "_models", broken)
     with pytest.raises(AttributeError):
         run("models")
 
@@ -340,10 +343,10 @@ def test_only_a_missing_extra_is_told_in_one_line(monkeypatch, capsys):
 
         return command
 
-    monkeypatch.setattr(cli, "_models", missing("scipy"))
+    monkeypatch.setattr(cli_tools, "_models", missing("scipy"))
     assert run("models") == 2
     assert "danet models: no scipy" in capsys.readouterr().err
-    monkeypatch.setattr(cli, "_models", missing("danet.modle"))
+    monkeypatch.setattr(cli_tools, "_models", missing("danet.modle"))
     with pytest.raises(ImportError):
         run("models")
 
@@ -352,5 +355,5 @@ def test_an_interruption_is_no_error(monkeypatch):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_models", interrupted)
+    monkeypatch.setattr(cli_tools, "_models", interrupted)
     assert run("models") == 130

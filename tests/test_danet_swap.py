@@ -1,162 +1,91 @@
 """swap: what it takes for attention, what it leaves alone, and that nothing else of a network changes."""
 
 import copy
+import io
 
 import pytest
 import torch
 import torch.nn.functional as F
+from swap_families import FAMILIES, PATHS, WIDTH, CAM_Module, PAM_Module, Scale, network
+from swap_look_alikes import LOOK_ALIKES
 from torch import nn
 
 import danet
 from danet import Pattern, find_attention, register_pattern, swap, unswap
-
-C, D = 16, 4
-
-
-class Scale(nn.Module):
-    """As mmcv's: a scalar without dimensions that multiplies."""
-
-    def __init__(self, name="scale", value=0.0, shape=()):
-        super().__init__()
-        setattr(self, name, nn.Parameter(torch.full(shape, value)))
-        self.name = name
-
-    def forward(self, x):
-        return getattr(self, self.name) * x
-
-
-def position(class_name, projections, scalar, *, scale=1.0, returns_map=False, dim=-1, transposed=False):
-    """A class of position attention with other names for its parts."""
-
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            for name, width in zip(projections, (D, D, C), strict=True):
-                setattr(self, name, nn.Conv2d(C, width, 1))
-            add_scalar(self, scalar)
-            self.softmax = nn.Softmax(dim)
-
-        def forward(self, x):
-            query, key, value = (getattr(self, name)(x).flatten(2) for name in projections)
-            attention = self.softmax(scale * query.mT @ key)  # [B, N, N]
-            out = value @ (attention if transposed else attention.mT)
-            out = times_scalar(self, scalar, out.view_as(x)) + x
-            return (out, attention) if returns_map else out
-
-    Attention.__name__ = Attention.__qualname__ = class_name
-    return Attention()
-
-
-def channel(class_name, scalar, sign=-1, activation=None):
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            add_scalar(self, scalar)
-            self.softmax = nn.Softmax(-1)
-
-        def forward(self, x):
-            flat = x.flatten(2)  # [B, C, N]
-            energy = sign * flat @ flat.mT
-            attention = activation(energy) if activation else self.softmax(energy - energy.amax(-1, keepdim=True))
-            return times_scalar(self, scalar, (attention @ flat).view_as(x)) + x
-
-    Attention.__name__ = Attention.__qualname__ = class_name
-    return Attention()
-
-
-def add_scalar(module, path):
-    owner, _, name = path.rpartition(".")
-    if owner:
-        setattr(module, owner, Scale(name, 1.0 if name == "alpha" else 0.0, (1,) if name == "alpha" else ()))
-    else:
-        setattr(module, name, nn.Parameter(torch.zeros(1)))
-
-
-def times_scalar(module, path, x):
-    owner, _, name = path.rpartition(".")
-    return getattr(module, owner)(x) if owner else getattr(module, name) * x
-
-
-FAMILIES = {
-    "official": ("PAM_Module", ("query_conv", "key_conv", "value_conv"), "gamma", "CAM_Module", "gamma"),
-    "mmsegmentation": ("PAM", ("query_project", "key_project", "value_project"), "gamma.scale", "CAM", "gamma.scale"),
-    "tramac": ("_PositionAttentionModule", ("conv_b", "conv_c", "conv_d"), "alpha", "_ChannelAttentionModule", "beta"),
-    "sssegmentation": (
-        "PositionAttentionModule",
-        ("query_project", "key_project", "value_project"),
-        "gamma.scale",
-        "ChannelAttentionModule",
-        "gamma.scale",
-    ),
-    "pytorchcv": ("PosAttBlock", ("query_conv", "key_conv", "value_conv"), "scale.alpha", "ChaAttBlock", "scale.alpha"),
-    "scar": ("PAM", ("query_conv", "key_conv", "value_conv"), "para_lambda", "CAM", "para_mu"),
-    "unknown": ("Spatial", ("theta", "phi", "g"), "weight", "Spectral", "weight"),
-}
-
-
-class Net(nn.Module):
-    def __init__(self, position_attention, channel_attention):
-        super().__init__()
-        self.stem = nn.Conv2d(3, C, 3, padding=1)
-        self.head = nn.Sequential(nn.ReLU(), nn.Sequential(position_attention, channel_attention))
-        self.classifier = nn.Conv2d(C, 2, 1)
-
-    def forward(self, x):
-        return self.classifier(self.head(self.stem(x)))
-
-
-def family(name, sign=-1):
-    torch.manual_seed(0)
-    position_class, projections, scalar, channel_class, channel_scalar = FAMILIES[name]
-    return Net(position(position_class, projections, scalar), channel(channel_class, channel_scalar, sign))
+from danet.swap_patterns import PATTERNS
 
 
 def learn(model, optimizer, steps=5):
+    """The losses of some steps on random images, in which every output takes part."""
     losses = []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
-        images = torch.randn(2, 3, 5, 6, generator=generator)
-        target = torch.randint(0, 2, (2, 5, 6), generator=generator)
+        images = torch.randn(2, 3, 40, 48, generator=generator)
+        target = torch.randint(0, 3, (2, 5, 6), generator=generator)
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), target)
+        loss = sum(F.cross_entropy(logits, target) for logits in model(images))
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     return losses
 
 
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0.0
+    return model
+
+
+def scalars(model):
+    return [parameter for parameter in model.parameters() if parameter.numel() == 1]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_swapped_trained_saved_and_loaded_back(name):
-    plain = family(name, sign=1 if name == "scar" else -1)
+    plain = without_dropout(network(name))
+    with torch.no_grad():
+        for scalar in scalars(plain):
+            scalar.fill_(0.4)  # at 0 the first step would not show a difference
     model = copy.deepcopy(plain)
-    optimizers = [torch.optim.SGD(one.parameters(), 0.1, momentum=0.9) for one in (plain, model)]
+    optimizers = [torch.optim.SGD(one.parameters(), 0.05, momentum=0.9) for one in (plain, model)]
     parameters = list(model.parameters())
     report = swap(model)
     assert [one.op for one in report.swapped] == ["position_attention", "channel_attention"]
-    assert [one.path for one in report.found] == ["head.1.0", "head.1.1"]
-    assert report.found[1].detail == ("variant=paper" if name == "scar" else "variant=official")
-    assert max(one.error for one in report.found) < 1e-10
+    assert [one.path for one in report.found] == [f"head.{path}" for path in PATHS[name]]
+    scale, variant = (one.detail for one in report.found)
+    assert scale == ("scale=0.5" if name == "unknown" else "scale=1.0")
+    assert variant == ("variant=paper" if name == "scar" else "variant=official")
+    assert max(one.error for one in report.found) < 1e-9
     assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
     assert model.state_dict().keys() == plain.state_dict().keys()
-    assert learn(model, optimizers[1]) == pytest.approx(learn(plain, optimizers[0]), rel=1e-5)
-    back = family(name)
-    back.load_state_dict(model.state_dict())
-    images = torch.randn(1, 3, 5, 6)
-    if name != "scar":
-        torch.testing.assert_close(back(images), model(images), rtol=1e-4, atol=1e-5)
+    before = [scalar.item() for scalar in scalars(model)]
+    assert learn(model, optimizers[1]) == pytest.approx(learn(plain, optimizers[0]), rel=1e-4)
+    assert all(scalar.item() != value for scalar, value in zip(scalars(model), before, strict=True))
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    back = network(name).eval()
+    back.load_state_dict(torch.load(file, weights_only=True))
+    images = torch.randn(1, 3, 40, 56)
+    with torch.no_grad():
+        torch.testing.assert_close(back(images), model.eval()(images), rtol=1e-4, atol=1e-5)
 
 
-def test_the_fused_operation_is_what_runs(monkeypatch):
+def test_the_fused_operation_is_what_runs():
     """Else a swap that does nothing would pass all of the above."""
-    model = family("official")
+    model = network("official")
     softmax = []
     for module in model.modules():
         if isinstance(module, nn.Softmax):
             module.register_forward_hook(lambda *_: softmax.append(1))
-    images = torch.randn(1, 3, 5, 6)
+    images = torch.randn(1, 3, 40, 48)
     model(images)
     assert len(softmax) == 2
-    swap(model)
+    report = swap(model)
+    assert [one.detail.partition("; ")[2] for one in report.found] == [
+        "hooks that are not called any more: softmax"
+    ] * 2
     softmax.clear()
     model(images)
     assert not softmax
@@ -166,91 +95,107 @@ def test_the_fused_operation_is_what_runs(monkeypatch):
     assert unswap(model) == 0
 
 
+def test_unswap_leaves_nothing_behind():
+    model = network("official")
+    before = [(type(module), sorted(vars(module))) for module in model.modules()]
+    swap(model)
+    assert isinstance(model.head.sa, PAM_Module)
+    assert type(model.head.sa).__qualname__ == "PAM_Module"
+    unswap(model)
+    assert [(type(module), sorted(vars(module))) for module in model.modules()] == before
+
+
 def test_a_forward_that_was_put_on_the_instance_comes_back():
-    module = channel("CAM_Module", "gamma")
+    module = CAM_Module(WIDTH)
     model, own = nn.Sequential(module), module.forward
     module.forward = own
     assert swap(model).swapped
+    assert "forward" not in vars(module)
     unswap(model)
     assert vars(module)["forward"] == own
-
-
-def criss_cross():
-    """The names of position attention on rows and columns alone."""
-    module = position("CrissCrossAttention", ("query_conv", "key_conv", "value_conv"), "gamma")
-
-    def forward(x):
-        query, key, value = (getattr(module, name)(x) for name in ("query_conv", "key_conv", "value_conv"))
-        rows = torch.einsum("bchw,bchv->bhwv", query, key).softmax(-1)
-        return module.gamma * torch.einsum("bhwv,bchv->bchw", rows, value) + x
-
-    module.forward = forward
-    return module
-
-
-LOOK_ALIKES = {
-    "criss-cross": criss_cross,
-    "sagan": lambda: position("Self_Attn", ("query_conv", "key_conv", "value_conv"), "gamma", returns_map=True),
-    "softmax over queries": lambda: position("PAM_Module", ("query_conv", "key_conv", "value_conv"), "gamma", dim=1),
-    "transposed map": lambda: position(
-        "PAM_Module", ("query_conv", "key_conv", "value_conv"), "gamma", transposed=True
-    ),
-    "sigmoid": lambda: channel("CAM_Module", "gamma", activation=torch.sigmoid),
-}
 
 
 @pytest.mark.parametrize("name", LOOK_ALIKES)
 def test_look_alikes_are_left_alone_with_a_reason(name):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, C, 1), LOOK_ALIKES[name]())
+    make, reason = LOOK_ALIKES[name]
+    model = nn.Sequential(nn.Conv2d(3, WIDTH, 1), make())
     before = {key: value.clone() for key, value in model.state_dict().items()}
+    forward, cls = model[1].forward, type(model[1])
     report = swap(model)
-    assert [one.swapped for one in report.found] == [False]
-    assert report.found[0].detail
-    assert report.found[0].detail in str(report)
+    assert [(one.path, one.swapped) for one in report.found] == [("1", False)]
+    assert reason in report.found[0].detail
+    assert reason in str(report)
+    assert "left alone" in str(report)
+    assert type(model[1]) is cls
+    assert model[1].forward == forward
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not unswap(model)
 
 
 @pytest.mark.parametrize(
-    "module", [nn.PReLU(), nn.BatchNorm2d(1), Scale("gamma", 1.0, (1,))], ids=["prelu", "bn", "scale"]
+    "module", [nn.PReLU(), nn.BatchNorm2d(1), Scale(1.0), nn.Sequential(nn.PReLU())], ids=["prelu", "bn", "scale", "in"]
 )
 def test_other_modules_with_a_scalar_are_not_reported(module):
-    assert swap(nn.Sequential(nn.Conv2d(3, C, 1), module)).found == []
+    assert swap(nn.Sequential(nn.Conv2d(3, WIDTH, 1), module)).found == []
 
 
-def test_without_the_comparison_only_known_classes_are_swapped():
-    assert len(swap(family("official"), verify=False).swapped) == 2
-    report = swap(family("unknown"), verify=False)
+def test_without_the_comparison_only_the_very_classes_are_swapped(monkeypatch):
+    model = network("official")
+    report = swap(model, verify=False)
     assert not report.swapped
-    assert "unknown class" in str(report)
+    assert "recognised by its name only, which needs verify=True" in str(report)
+    monkeypatch.setattr(PAM_Module, "__module__", "encoding.nn.da_att")
+    monkeypatch.setattr(CAM_Module, "__module__", "encoding.nn.da_att")
+    assert [one.by for one in swap(model, verify=False).swapped] == ["class", "class"]
 
 
 def test_our_own_modules_and_those_already_swapped_are_left_out():
     assert find_attention(danet.create_model("danet_tiny", 3)) == []
-    model = family("official")
+    model = network("official")
+    assert [one.path for one in find_attention(model)] == ["head.sa", "head.sc"]
     swap(model)
     assert find_attention(model) == []
 
 
-def test_the_width_of_a_real_network(monkeypatch):
+def test_the_width_of_a_real_network():
     """512 channels, and weights far from those of the start: sums are longer, and the map is sharper."""
-    monkeypatch.setitem(globals(), "C", 512)
-    monkeypatch.setitem(globals(), "D", 64)
     torch.manual_seed(0)
-    model = nn.Sequential(position("PAM_Module", ("query_conv", "key_conv", "value_conv"), "gamma"))
+    model = nn.Sequential(PAM_Module(512), CAM_Module(512))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(20)
-    report = swap(model)
-    assert report.swapped, str(report)
-    assert report.found[0].error < 1e-9
+    report = swap(model, crop=None)
+    assert len(report.swapped) == 2, str(report)
+    assert max(one.error for one in report.found) < 1e-9
 
 
-def test_scaled_logits_are_recognised():
-    model = nn.Sequential(position("PAM", ("query_conv", "key_conv", "value_conv"), "gamma", scale=D**-0.5))
-    report = swap(model)
-    assert report.found[0].detail == "scale=0.5"
-    assert report.swapped
+def test_a_module_that_fails_to_run_says_how():
+    class PAM_Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query_conv, self.key_conv, self.value_conv = (nn.Conv2d(8, width, 1) for width in (2, 2, 8))
+            self.gamma = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, mask):
+            return x
+
+    report = swap(nn.Sequential(PAM_Module()))
+    assert report.found[0].detail.startswith("cannot be compared: ")
+    assert "mask" in report.found[0].detail
+
+
+def test_not_a_number_is_no_agreement():
+    class CAM_Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gamma = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return self.gamma * x * torch.nan
+
+    report = swap(nn.Sequential(CAM_Module()))
+    assert [one.detail for one in report.found] == ["computes something else"]
 
 
 def test_a_network_without_attention():
@@ -260,62 +205,128 @@ def test_a_network_without_attention():
     assert "nothing is changed" in str(report)
 
 
+def test_a_network_that_is_an_attention_module():
+    model = PAM_Module(WIDTH)
+    assert [one.path for one in swap(model).swapped] == [""]
+    assert unswap(model) == 1
+
+
 def test_a_dry_run_changes_nothing():
-    model = family("official")
+    model = network("official")
     report = swap(model, dry_run=True)
     assert len(report.found) == 2
+    assert "would swap" in str(report)
     assert not report.swapped
     assert not unswap(model)
 
 
 def test_chance_modes_gammas_and_gradients_stay():
-    model = family("tramac").eval()
+    model = network("tramac").eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
-    swap(model)
+    assert len(swap(model).swapped) == 2
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert not model.training
+    assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_stay(dtype):
+    model = network("official").to(dtype).eval()
+    assert len(swap(model).swapped) == 2
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model.head.sa(torch.randn(1, WIDTH, 5, 7, dtype=dtype)).dtype == dtype
+
+
 def test_hooks_on_projections_are_called_and_not_by_the_comparison():
-    model = family("official")
+    model = network("official")
     seen = []
-    model.head[1][0].query_conv.register_forward_hook(lambda *_: seen.append(1))
+    model.head.sa.query_conv.register_forward_hook(lambda *_: seen.append("query"))
+    model.head.sa.register_forward_hook(lambda *_: seen.append("attention"))
     swap(model)
     assert not seen
-    model(torch.randn(1, 3, 5, 6))
-    assert seen == [1]
+    model(torch.randn(1, 3, 40, 48))
+    assert seen == ["query", "attention"]
 
 
 def test_a_shared_module_is_swapped_once():
-    attention = channel("CAM_Module", "gamma")
+    attention = CAM_Module(WIDTH)
     model = nn.ModuleDict({"one": attention, "two": attention})
     assert [one.path for one in swap(model).swapped] == ["one"]
     assert unswap(model) == 1
 
 
-def test_a_copy_of_a_swapped_network_is_swapped_on_its_own():
-    model = family("official")
+@pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
+def test_a_copy_of_a_swapped_network_is_a_network_of_its_own(how):
+    model = network("official")
     swap(model)
-    other = copy.deepcopy(model)
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    images = torch.randn(1, 3, 40, 48)
+    model.eval(), other.eval()
+    torch.testing.assert_close(other(images), model(images), rtol=0, atol=0)
     with torch.no_grad():
-        other.head[1][0].gamma.fill_(1.0)
-    images = torch.randn(1, 3, 5, 6)
-    assert not torch.equal(other(images), model(images))
+        other.head.sa.gamma.fill_(1.0)
+    assert not torch.equal(other(images)[0], model(images)[0])
     assert unswap(other) == 2
     assert unswap(model) == 2
 
 
-def test_data_parallel_wrappers_are_seen_through():
-    assert len(swap(nn.DataParallel(family("official"))).swapped) == 2
+def test_replicas_of_data_parallel_use_their_own_parameters():
+    """What DataParallel makes for every other GPU: a shallow copy whose parameters are put in afterwards."""
+    model = nn.DataParallel(network("official"))
+    assert [one.path for one in swap(model).swapped] == ["module.head.sa", "module.head.sc"]
+    module = model.module.head.sc
+    replica = module._replicate_for_data_parallel()
+    replica._parameters = {}
+    replica.gamma = torch.full((1,), 2.0)
+    x = torch.randn(1, WIDTH, 5, 7)
+    assert torch.equal(module(x), x)
+    assert not torch.equal(replica(x), x)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
+def test_distributed_data_parallel_is_seen_through(one_process):
+    plain = without_dropout(network("mmsegmentation"))
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+    assert [one.path for one in swap(wrapped).swapped] == ["module.head.pam", "module.head.cam"]
+    optimizers = [torch.optim.SGD(one.parameters(), 0.05, momentum=0.9) for one in (plain, wrapped)]
+    assert learn(wrapped, optimizers[1]) == pytest.approx(learn(plain, optimizers[0]), rel=1e-4)
 
 
 def test_a_compiled_network_is_refused():
-    with pytest.raises(ValueError, match=r"compiled; swap first, then call torch\.compile"):
-        swap(torch.compile(family("official")))
+    model = network("official")
+    with pytest.raises(ValueError, match=r"the network is compiled; swap first, then call torch\.compile"):
+        swap(torch.compile(model))
+    model.head.compile()
+    with pytest.raises(ValueError, match=r"head is compiled; swap first"):
+        swap(model)
+
+
+def test_a_swapped_network_compiles_without_a_break():
+    model = network("official").eval()
+    with torch.no_grad():
+        for scalar in scalars(model):
+            scalar.fill_(0.5)
+        images = torch.randn(1, 3, 40, 56)
+        expected = model(images)
+        swap(model)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -325,24 +336,28 @@ def test_a_scripted_network_is_refused():
 
 
 class Mine(nn.Module):
-    """Projections made in another order, so that their parts alone do not tell which is which."""
+    """With a second scalar, so that its parts alone do not tell."""
 
     def __init__(self):
         super().__init__()
-        self.values, self.queries, self.keys = (nn.Conv2d(C, width, 1) for width in (C, D, D))
-        self.weight = nn.Parameter(torch.zeros(1))
+        self.to_q, self.to_k, self.to_v = (nn.Conv2d(WIDTH, width, 1) for width in (4, 4, WIDTH))
+        self.weight, self.temperature = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.ones(1))
 
     def forward(self, x):
-        query, key, value = (part(x).flatten(2) for part in (self.queries, self.keys, self.values))
+        query, key, value = (part(x).flatten(2) for part in (self.to_q, self.to_k, self.to_v))
         return self.weight * (value @ (query.mT @ key).softmax(-1).mT).view_as(x) + x
 
 
-def test_a_class_of_ones_own(monkeypatch):
-    monkeypatch.setattr("danet.swapping._PATTERNS", [])
+@pytest.mark.parametrize("name", [Mine, f"{Mine.__module__}.Mine", "Mine"], ids=["class", "qualified name", "name"])
+def test_a_class_of_ones_own(name):
+    before = list(PATTERNS)
     model = nn.Sequential(Mine())
-    assert not swap(model).swapped
-    register_pattern(Pattern(("Mine",), "weight", "queries", "keys", "values"))
-    assert swap(model).swapped
+    assert not swap(model).found
+    register_pattern(Pattern((name,), "weight", "to_q", "to_k", "to_v"))
+    try:
+        assert swap(model).swapped
+    finally:
+        PATTERNS[:] = before
 
 
 def test_a_pattern_with_some_projections_is_refused():

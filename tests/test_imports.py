@@ -75,9 +75,10 @@ def test_optional_packages_are_imported_nowhere(module):
 # The same for danet: each of its modules imports from those before it, and of danet_kernels the public names alone.
 # danet.data stands for all of its modules, which have an order of their own.
 DANET = (
-    *("_files", "_weights", "_config", "attention", "backbone", "head", "model", "checkpoint", "swapping"),
+    *("_files", "_weights", "_config", "attention", "backbone", "head", "model", "checkpoint"),
+    *("swap_patterns", "swap_forward", "swap_find", "swap_verify", "swap_report", "swapping"),
     *("progress", "distributed", "data", "metrics", "inference", "evaluate", "pictures", "predict", "visualize"),
-    *("loss", "recipes", "batches", "run_folder", "train", "quickstart", "cli", "__init__", "__main__"),
+    *("loss", "recipes", "batches", "run_folder", "train", "quickstart", "cli_tools", "cli", "__init__", "__main__"),
 )
 DATA = (
     *("images", "sample", "transforms", "palette", "files", "cityscapes", "street_scenes"),
