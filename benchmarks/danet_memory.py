@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import record
+from benchmarks.memory import GIB, peak_of_process
 from benchmarks.options import Parser
 from danet import create_model
 from danet.loss import segmentation_loss
 
 CASES = {"image": (1024, 2048), "steps": (768, 768)}  # pixels
 CLASSES = 19
-GIB = 2**30
 
 
 def run(case: str, backend: str) -> None:
@@ -48,9 +48,7 @@ def run(case: str, backend: str) -> None:
             segmentation_loss(model(images), target).total.backward()
             optimizer.step()
     seconds = time.perf_counter() - start
-    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    kibibytes = next(line.split()[1] for line in status if line.startswith("VmHWM"))
-    print(seconds, int(kibibytes) * 1024)
+    print(seconds, peak_of_process())
 
 
 def measure(case: str, backend: str) -> dict[str, Any]:

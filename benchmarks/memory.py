@@ -147,6 +147,11 @@ def _return_free_memory() -> None:
         trim(0)
 
 
+def peak_of_process() -> int:
+    """The most memory that this process has ever held, in bytes (VmHWM of Linux)."""
+    return _status_bytes("VmHWM")
+
+
 def _status_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):

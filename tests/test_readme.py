@@ -40,6 +40,19 @@ def test_python_blocks_run(name):
         torch.testing.assert_close(namespace["rows"].sum((2, 3)), torch.ones(1, 2))
 
 
+def test_python_blocks_of_the_guide_to_swap_run():
+    """Those that import the projects it is about are compiled only."""
+    namespace, ran = {}, 0
+    for index, block in enumerate(blocks(ROOT / "docs/swap.md", "python")):
+        code = compile(block, f"docs/swap.md, block {index}", "exec")
+        if not re.search(r"^from (encoding|mmseg|mmengine|core|pytorchcv|ssseg)\b", block, re.M):
+            exec(code, namespace)
+            ran += 1
+    assert ran == 3
+    assert namespace["logits"].shape == (1, 19, 65, 97)
+    assert [one.op for one in namespace["report"].swapped] == ["position_attention"]
+
+
 @for_each_document
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8")):
