@@ -141,7 +141,10 @@ def _made(factory: str, arguments: dict[str, Any]) -> nn.Module:
             raise ValueError(f"{module} has no {name}")
         made = getattr(made, part)
     if not isinstance(made, nn.Module):
-        made = made(**arguments)
+        try:
+            made = made(**arguments)
+        except TypeError as error:
+            raise ValueError(f"{factory}: {error}") from error
     if not isinstance(made, nn.Module):
         raise ValueError(f"{factory} made a {type(made).__name__}, no torch.nn.Module")
     return made

@@ -19,6 +19,7 @@ class Pattern:
         query, key, value: names of the projections, 1x1 convolutions; None for channel attention, which has none.
 
     Raises:
+        TypeError: `classes` is no tuple.
         ValueError: some of the projections are named and some are not.
     """
 
@@ -29,6 +30,8 @@ class Pattern:
     value: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.classes, tuple):
+            raise TypeError(f"Pattern: classes must be a tuple of classes and names, got {self.classes!r}")
         if len({name is None for name in (self.query, self.key, self.value)}) != 1:
             raise ValueError("Pattern: position attention needs query, key and value, channel attention none of them")
 

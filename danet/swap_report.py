@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from danet_kernels import memory_estimate
 
-from .swap_find import Found
+from .swap_find import Found, copy_without_hooks
 
 _HEAD: tuple[str, ...] = (
     *("module", "class", "recognised as", "C / D", "action", "difference"),
@@ -27,24 +27,28 @@ class SwapReport:
         found: every module that is attention or looks like it.
         crop: height and width in pixels of the image that the savings are for; None: they were not asked for.
         unknown: why the savings are not known, "" if they are.
+        already: how many modules were swapped before.
     """
 
     found: list[Found]
     crop: tuple[int, int] | None = None
     unknown: str = ""
+    already: int = 0
 
     @property
     def swapped(self) -> list[Found]:
         return [one for one in self.found if one.swapped]
 
     def __str__(self) -> str:
+        more = f"{self.already} modules were swapped before: unswap first to do it otherwise" * bool(self.already)
         if not self.found:
-            return "no position or channel attention was found; nothing is changed"
+            return more or "no position or channel attention was found; nothing is changed"
         lines = [_HEAD, *map(_line, _grouped(self.found))]
         if self.crop is None:
             lines = [(*line[:6], *line[8:]) for line in lines]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+        table += f"\n{more}" * bool(more)
         if self.crop is None:
             return table
         what = f"peak memory of the operation for one image of {self.crop[0]} x {self.crop[1]} pixels"
@@ -79,28 +83,43 @@ def _line(group: Sequence[Found]) -> tuple[str, ...]:
 
 
 def _readable(size: int) -> str:
-    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+    return f"{round(size / 2**20)} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
 
 
-def estimate_savings(model: nn.Module, found: Sequence[Found], crop: tuple[int, int], backend: str) -> str:
-    """Fill in `shape` and `saved` of the found. Returns why they are not known, or "".
+def find_shapes(model: nn.Module, found: Sequence[Found], crop: tuple[int, int]) -> str:
+    """Fill in `shape` of the found, for an image of this size. Returns why they are not known, or "".
 
     A copy of the network without numbers (on torch's meta device) is shown an image without numbers.
     """
     if not any(one.patterns for one in found):
         return ""
-    channels = next((part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d)), 3)
-    image = torch.empty(1, channels, *crop, device="meta")
-    try:
-        shapes = _input_shapes(model, [one.path for one in found if one.patterns], image)
-    except Exception as error:  # the network's own: whatever it raises, it cannot be shown an image
-        first = str(error).strip().partition("\n")[0]
-        return f"the network cannot be run on a tensor {list(image.shape)} without numbers: {first}"
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    first = next((part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d)), 3)
+    problems = []
+    for channels in dict.fromkeys((3, first)):
+        dtype = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
+        image = torch.empty(1, channels, *crop, device="meta", dtype=dtype)
+        try:
+            with torch.random.fork_rng([]), torch.no_grad():
+                shapes = _input_shapes(model, [one.module for one in found if one.patterns], image)
+        except Exception as error:  # the network's own: whatever it raises, it cannot be shown an image
+            line = str(error).strip().partition("\n")[0]
+            problems.append(f"the network cannot be run on a tensor {list(image.shape)} without numbers: {line}")
+            continue
+        if crop in (shape[2:] for shape in shapes.values()):
+            return "attention sees the image at its full size: is this the whole network?"
+        for one in found:
+            one.shape = shapes.get(id(one.module))
+        return ""
+    return problems[-1]
+
+
+def estimate_savings(found: Sequence[Found], crop: tuple[int, int], backend: str) -> None:
+    """Fill in `saved` of those that agree and have a shape."""
     for one in found:
-        one.shape = shapes.get(one.path)
-        if one.shape is not None and one.agrees:
+        if one.agrees and one.shape is not None:
             one.saved = (_saving(one, False, backend), _saving(one, True, backend))
-    return ""
 
 
 def _saving(one: Found, training: bool, backend: str) -> int:
@@ -123,24 +142,23 @@ def _saving(one: Found, training: bool, backend: str) -> int:
     return estimate("eager") - estimate(backend)
 
 
-def _input_shapes(model: nn.Module, paths: Sequence[str], image: torch.Tensor) -> dict[str, tuple[int, ...]]:
+def _input_shapes(model: nn.Module, modules: Sequence[nn.Module], image: torch.Tensor) -> dict[int, tuple[int, ...]]:
+    """Of the inputs of modules, by their ids; of one that is called more than once the largest."""
     without_numbers: dict[int, object] = {}
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
         without_numbers[id(parameter)] = nn.Parameter(empty, requires_grad=False)
     for buffer in model.buffers():
         without_numbers[id(buffer)] = torch.empty_like(buffer, device="meta")
-    shown = copy.deepcopy(model, without_numbers).eval()
-    for part in shown.modules():
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in paths:
+    shown = copy_without_hooks(model, without_numbers).eval()
+    shapes: dict[int, tuple[int, ...]] = {}
+    paths = {id(module): path for path, module in model.named_modules()}
+    for number in map(id, modules):
 
-        def note(module: nn.Module, inputs: tuple[torch.Tensor, ...], path: str = path) -> None:
-            shapes[path] = tuple(inputs[0].shape)
+        def note(module: nn.Module, inputs: tuple[torch.Tensor, ...], number: int = number) -> None:
+            seen = tuple(inputs[0].shape)
+            shapes[number] = max(seen, shapes.get(number, ()), key=math.prod)
 
-        shown.get_submodule(path).register_forward_pre_hook(note)
-    with torch.no_grad():
-        shown(image)
+        shown.get_submodule(paths[number]).register_forward_pre_hook(note)
+    shown(image)
     return shapes

@@ -143,6 +143,46 @@ class Transposed(PAM_Module):
         return self.gamma * (value @ self.softmax(query.mT @ key)).view_as(x) + x
 
 
+class Clamped(PAM_Module):
+    """As PAM while gamma is between 0 and 1."""
+
+    def forward(self, x):
+        return self.gamma.clamp(0, 1) * (super().forward(x) - x) / self.gamma + x
+
+
+class Detached(PAM_Module):
+    """The outputs of PAM, without the gradients of the map."""
+
+    def forward(self, x):
+        query, key, value = self.query_conv(x).flatten(2), self.key_conv(x).flatten(2), self.value_conv(x).flatten(2)
+        return self.gamma * (value @ self.softmax(query.mT @ key).detach().mT).view_as(x) + x
+
+
+class Turned(PAM_Module):
+    """PAM on square images; on others positions are put where they do not belong."""
+
+    def forward(self, x):
+        turned = super().forward(x.mT.contiguous()).mT  # the same for PAM, whose order of positions is free
+        wrong = turned.reshape(x.shape[0], x.shape[1], x.shape[3], x.shape[2]).mT
+        return turned if x.shape[2] == x.shape[3] else wrong
+
+
+class Warm(PAM_Module):
+    """A temperature close to 1."""
+
+    def forward(self, x):
+        query, key, value = self.query_conv(x).flatten(2), self.key_conv(x).flatten(2), self.value_conv(x).flatten(2)
+        return self.gamma * (value @ self.softmax(query.mT @ key / 1.00001).mT).view_as(x) + x
+
+
+class ScaledCAM(CAM_Module):
+    """Logits a quarter of CAM's."""
+
+    def forward(self, x):
+        flat = x.flatten(2)
+        return self.gamma * ((-flat @ flat.mT / 4).softmax(-1) @ flat).view_as(x) + x
+
+
 class Switched(PAM_Module):
     """Trains as PAM does, and evaluates otherwise."""
 
@@ -173,5 +213,9 @@ LOOK_ALIKES = {  # how it is made, and what the report says
         lambda: with_softmax(PAM_Module(WIDTH), nn.Sequential(nn.Softmax(dim=-1), nn.Dropout(0.5))),
         "computes something else",
     ),
+    "clamped scalar": (lambda: Clamped(WIDTH), "computes something else"),
+    "map without gradients": (lambda: Detached(WIDTH), "computes something else"),
+    "turned": (lambda: Turned(WIDTH), "computes something else"),
+    "temperature": (lambda: Warm(WIDTH), "computes something else"),
     "other in evaluation": (lambda: Switched(WIDTH), "computes something else"),
 }

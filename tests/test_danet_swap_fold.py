@@ -118,8 +118,12 @@ def test_autocast_reaches_the_product():
 
 
 def test_it_is_refused_in_training():
-    with pytest.raises(ValueError, match=r"fold=True is for inference.*eval\(\)"):
+    with pytest.raises(ValueError, match=r"fold=True is for inference, and head.sa is in training mode; call eval"):
         swap(network("official"), fold=True)
+    model = network("official").eval()
+    model.head.sa.train()
+    with pytest.raises(ValueError, match=r"head.sa is in training mode"):
+        swap(model, fold=True)
     _, model = folded()
     model.train()
     with pytest.raises(RuntimeError, match=r"folded for inference: danet\.unswap"):
@@ -143,8 +147,61 @@ def test_it_compiles_without_a_break():
         torch.testing.assert_close(compiled(images), plain(images), rtol=1e-4, atol=1e-5)
 
 
-def test_hooks_on_projections_are_lost_and_named():
-    model = network("official").eval()
-    model.head.sa.query_conv.register_forward_hook(lambda *_: None)
+@pytest.mark.parametrize("how", ["hook", "spectral_norm", "parametrization"])
+def test_projections_with_hooks_are_not_folded(how):
+    plain = network("official").double().eval()
+    projection, called = plain.head.sa.query_conv, []
+    with torch.no_grad():
+        plain.head.sa.gamma.fill_(0.6)
+    if how == "hook":
+        projection.register_forward_hook(lambda *_: called.append(1))
+    elif how == "spectral_norm":
+        torch.nn.utils.spectral_norm(projection)
+    else:
+        torch.nn.utils.parametrizations.spectral_norm(projection)
+    model = copy.deepcopy(plain)
     report = swap(model, fold=True, crop=None)
-    assert report.found[0].detail.endswith("hooks that are not called any more: query_conv")
+    assert report.found[0].detail.startswith("scale=1.0; not folded")
+    images = torch.randn(1, 3, 40, 56, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), plain(images), rtol=1e-10, atol=1e-10)
+    assert len(called) == (2 if how == "hook" else 0)
+
+
+def test_weights_that_change_are_not_those_that_were_folded():
+    """In place, for one call, and by the projection's own load_state_dict."""
+    plain, model = folded()
+    images = torch.randn(1, 3, 40, 56)
+
+    def agree(**weights):
+        with torch.no_grad():
+            expected, got = (torch.func.functional_call(one, weights, (images,)) for one in (plain, model))
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+    agree()
+    agree(**{"head.sa.query_conv.weight": torch.randn(KEYS, WIDTH, 1, 1)})
+    for one in (plain, model):
+        state = {name: value + 0.5 for name, value in one.head.sa.value_conv.state_dict().items()}
+        one.head.sa.value_conv.load_state_dict(state)
+    agree()
+    for one in (plain, model):
+        optimizer = torch.optim.SGD(one.parameters(), 0.5)
+        sum(part.sum() for part in one(images)).backward()
+        optimizer.step()
+    agree()
+
+
+def test_other_ways_to_call():
+    """Under autocast in fp64, without numbers, and mapped."""
+    module = PAM_Module(WIDTH).double().eval()
+    swap(module, fold=True, crop=None)
+    x = torch.randn(2, WIDTH, 5, 7, dtype=torch.float64)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert _folded(module, x, PATTERN)[0].dtype == torch.float64
+        expected = module(x)
+        assert module(x[:0]).shape == (0, WIDTH, 5, 7)
+        mapped = torch.vmap(lambda one: module(one[None])[0])(x)
+        torch.testing.assert_close(mapped, expected)
+        copied = copy.deepcopy(module).to("meta")
+        assert copied(x.to("meta")).shape == x.shape

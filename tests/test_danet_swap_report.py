@@ -65,6 +65,56 @@ def test_a_network_that_cannot_be_shown_an_image_is_reported_without_savings():
     assert "annotations" in str(report)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_shown_half_precision(dtype):
+    report = swap(network("official").to(dtype), dry_run=True)
+    assert report.found[0].shape == (1, WIDTH, 128, 256)
+    assert report.found[0].saved[0] > 2**30
+
+
+def test_wrappers_of_parallel_training_are_taken_off():
+    report = swap(nn.DataParallel(network("official")), dry_run=True)
+    assert [one.saved is not None for one in report.found] == [True, True]
+
+
+def test_a_module_that_is_called_twice_counts_where_it_is_largest():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = CAM_Module(WIDTH)
+            self.first, self.second = nn.Conv2d(3, WIDTH, 8, 8), nn.Conv2d(WIDTH, WIDTH, 4, 4)
+
+        def forward(self, x):
+            return self.attention(self.second(self.attention(self.first(x))))
+
+    assert swap(Twice()).found[0].shape == (1, WIDTH, 128, 256)
+
+
+def test_a_head_made_before_its_backbone_does_not_set_the_channels():
+    class Reversed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            inner = network("official")
+            self.head, self.backbone = inner.head, inner.backbone
+
+        def forward(self, x):
+            return self.head(self.backbone(x))
+
+    assert swap(Reversed()).found[0].saved is not None
+
+
+def test_a_head_alone_is_no_network_to_show_an_image():
+    report = swap(network("official").head)
+    assert report.found[0].saved is None
+    assert "attention sees the image at its full size" in str(report)
+
+
+def test_modules_that_are_left_alone_save_nothing():
+    model = network("official")
+    model.head.sa.softmax = nn.Sigmoid()
+    assert [one.saved is None for one in swap(model).found] == [True, False]
+
+
 def test_without_a_crop_nothing_is_said_of_savings():
     text = str(swap(network("official"), crop=None))
     assert "saves" not in text
@@ -97,7 +147,7 @@ def test_the_command(monkeypatch, capsys):
     assert out.count("would swap") == 2
     assert "head.pam" in out
     assert "one image of 400 x 720 pixels" in out
-    assert run("swap_families:DANetHead", "--fold") == 0
+    assert run("swap_families:network", "--arguments", '{"name": "scar"}', "--fold") == 0
     assert "folded" in capsys.readouterr().out
 
 
@@ -118,6 +168,7 @@ def test_the_command_finds_modules_of_the_working_directory(tmp_path):
         (["swap_families:FAMILIES.keys"], "swap_families:FAMILIES.keys made a dict_keys, no torch.nn.Module"),
         (["swap_families:DANetHead", "--crop", "large"], "--crop: 'large' is no size, expected HEIGHTxWIDTH"),
         (["swap_families:DANetHead", "--crop", "0x8"], "--crop: '0x8' is no size, expected HEIGHTxWIDTH"),
+        (["swap_families:network", "--arguments", '{"nme": 1}'], "swap_families:network: network() got an unexpected"),
         (["swap_families:DANetHead", "--arguments", "{"], "--arguments: '{' is no JSON"),
         (["swap_families:DANetHead", "--arguments", "[1]"], "--arguments: expected a JSON object, got '[1]'"),
     ],
