@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from math_doc import DOCS, run_blocks, table
 from onnx_files import Errors, File
 from test_danet_swap import family
 from torch import nn
@@ -238,3 +239,18 @@ def test_what_it_refuses(monkeypatch, tmp_path):
 
 def test_nan_is_no_small_error():
     assert not _largest([0.0, float("nan"), 1.0]) <= 10
+
+
+def test_the_page_about_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    namespace = run_blocks("export.md")
+    assert namespace["measure"](64, 96) >= 0
+    # The table of docs/export.md: N and the bytes of the map, by the formula above it.
+    page = (DOCS / "export.md").read_text(encoding="utf-8")
+    rows = table("image", page)
+    assert len(rows) == 3
+    for row in rows:
+        height, width = (-(-int(side) // 8) for side in row["image"].split(" x "))
+        positions = height * width
+        assert row["N"] == f"{positions:,}"
+        assert row["map, fp32"] == f"{4 * positions**2 / 2**20:,.0f} MiB"
