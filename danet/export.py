@@ -112,8 +112,8 @@ def export_onnx(
         path: of the file, which is replaced if it exists.
         opset: 18 or later, as far as torch.onnx knows them; from 23 on both attentions are the operator Attention.
         check: whether to run the file in onnxruntime, on the CPU, and compare its error with the network's own, both
-            against the network in fp64: at this size, and with `dynamic` at another. Where gamma is 0, as before training,
-            an attention has no part in the outputs, and none in this.
+            against the network in fp64: at this size, and with `dynamic` at another. An attention whose gamma is
+            0, as before training, has no part in the outputs, and none in this.
 
     Returns:
         What was written; `print` shows it. The input is called "images", the output "logits" ("logits_0" and so on, if

@@ -17,11 +17,21 @@ class File:
         import onnxruntime
 
         model = onnx.load(path)
-        self.path = path
+        self.model = onnx.shape_inference.infer_shapes(model)
         self.opsets = {one.domain: one.version for one in model.opset_import}
         self.domains = {node.domain for node in model.graph.node}
         self.operators = Counter(node.op_type for node in model.graph.node)
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def operand_types(self, *operators: str) -> set[str]:
+        """Names, such as FLOAT16, of the types of all inputs of these operators."""
+        from onnx import TensorProto
+
+        graph = self.model.graph
+        types = {one.name: one.type.tensor_type.elem_type for one in (*graph.value_info, *graph.input)}
+        types |= {one.name: one.data_type for one in graph.initializer}
+        inputs = {name for node in graph.node if node.op_type in operators for name in node.input}
+        return {TensorProto.DataType.Name(types[name]) for name in inputs}
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         names = [one.name for one in self.session.get_inputs()]
