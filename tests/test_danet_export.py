@@ -25,11 +25,20 @@ def images(shape, dtype=torch.float32, seed=0):
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+class Backbone(nn.Sequential):
+    """A convolution that rounds sizes up, as a ResNet does. test_the_page_about_it exports a model of create_model."""
+
+    channels, output_stride = 16, 8
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 16, 9, stride=8, padding=4), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+
+
 @cache
 def native():
     """With gammas other than 0, at which nobody would notice an attention that is wrong, and statistics that are."""
     torch.manual_seed(0)
-    model = danet.create_model("danet_tiny", 5)
+    model = danet.DANet(Backbone(), danet.DANetHead(16, 5, inter_channels=16))
     with torch.no_grad():
         model.head.position_attention.gamma.fill_(0.7)
         model.head.channel_attention.gamma.fill_(-0.4)
@@ -129,7 +138,7 @@ def test_a_native_model_in_onnxruntime(opset, tmp_path):
     compare(lambda x: file(x)[0], native(), [(1, 33, 71), (3, 64, 64), (1, 65, 40), (2, 64, 96)])
 
 
-@pytest.mark.parametrize(("name", "opset"), [("official", 20), ("mmsegmentation", 23), ("scar", 20)])
+@pytest.mark.parametrize(("name", "opset"), [("mmsegmentation", 23), ("scar", 20)])
 def test_a_swapped_network_in_onnxruntime(name, opset, tmp_path):
     """Against the network as its authors wrote it."""
     plain, model = networks(name)
@@ -161,24 +170,23 @@ class Several(nn.Module):
 
 
 def test_several_outputs_and_a_fixed_size(tmp_path):
+    (tmp_path / "model.onnx.data").touch()  # of a larger network, exported before
     report = export_onnx(Several(), tmp_path / "model.onnx", size=(1, 3), batch=1, channels=4, dynamic=False)
     assert report.outputs == ("logits_0", "logits_1", "logits_2")
     file, x = File(report.path), torch.randn(1, 4, 1, 3)
     assert file.session.get_inputs()[0].shape == [1, 4, 1, 3]
     torch.testing.assert_close(file(x)[1], x.mean(1))
+    assert list(tmp_path.iterdir()) == [report.path]
 
 
 def test_weights_beside_the_file(monkeypatch, tmp_path):
-    """As torch.onnx puts them from 2 GiB on; the next export has none, and leaves none."""
+    """As torch.onnx puts them from 2 GiB on."""
     path, model = tmp_path / "model.onnx", Several()
-    with monkeypatch.context() as patch:
-        patch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1)
-        export_onnx(model, path, channels=4)
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1)
+    export_onnx(model, path, channels=4)
     assert {one.name for one in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
     x = torch.randn(1, 4, 3, 5)
     torch.testing.assert_close(File(path)(x)[0], model(x)["main"])
-    export_onnx(model, path, channels=4, check=False)
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_wrong_file_is_not_kept(monkeypatch, tmp_path):
@@ -239,6 +247,7 @@ def test_nan_is_no_small_error():
     assert not _largest([0.0, float("nan"), 1.0]) <= 10
 
 
+@pytest.mark.slow
 def test_the_page_about_it(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     namespace = run_blocks("export.md")
