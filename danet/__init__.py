@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention import ChannelAttention, PositionAttention
     from .backbone import ResNet, TimmBackbone
+    from .export import OnnxReport, export_onnx, export_program
     from .head import DANetHead, Logits
     from .model import DANet, create_model, list_models, receptive_field
     from .swapping import Pattern, SwapReport, find_attention, register_pattern, swap, unswap
@@ -20,12 +21,15 @@ _HOMES = {
     "DANet": "model",
     "DANetHead": "head",
     "Logits": "head",
+    "OnnxReport": "export",
     "Pattern": "swapping",
     "PositionAttention": "attention",
     "ResNet": "backbone",
     "SwapReport": "swapping",
     "TimmBackbone": "backbone",
     "create_model": "model",
+    "export_onnx": "export",
+    "export_program": "export",
     "find_attention": "swapping",
     "list_models": "model",
     "receptive_field": "model",
@@ -39,12 +43,15 @@ __all__ = [
     "DANet",
     "DANetHead",
     "Logits",
+    "OnnxReport",
     "Pattern",
     "PositionAttention",
     "ResNet",
     "SwapReport",
     "TimmBackbone",
     "create_model",
+    "export_onnx",
+    "export_program",
     "find_attention",
     "list_models",
     "receptive_field",

@@ -74,6 +74,14 @@ def parser() -> argparse.ArgumentParser:
             "danet attention runs/first/best street.png --points 300,400 900,420 -o panel.png",
         )
     )
+    _export_options(
+        add(
+            "export",
+            _export,
+            "write a model for onnxruntime or TensorRT",
+            "danet export runs/first/best danet.onnx",
+        )
+    )
     add_tools(add)
     return top
 
@@ -395,6 +403,27 @@ def _attention(args: argparse.Namespace) -> int:
                 print(channel_attention_report(model, image))
     write_image(Path(args.output), picture)
     print(f"wrote {args.output}")
+    return 0
+
+
+def _export_options(command: argparse.ArgumentParser) -> None:
+    _model_options(command)
+    command.add_argument("output", metavar="OUT.onnx")
+    command.add_argument("--opset", type=int, default=20, help="20 (default): MatMul and Softmax; from 23 on Attention")
+    command.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="fix the images' size to this")
+    command.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="run it in onnxruntime")
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .export import export_onnx
+
+    fixed = args.size is not None
+    options = {"size": args.size, "batch": 1, "dynamic": False} if fixed else {}
+    model = _load(args, args.model)
+    try:
+        print(export_onnx(model, args.output, opset=args.opset, check=args.check, **options))
+    except RuntimeError as error:  # onnxruntime's results are wrong, or it cannot run the file
+        raise ValueError(str(error)) from error
     return 0
 
 

@@ -3,6 +3,7 @@
 from . import _vmap as _vmap
 from ._version import __version__
 from .backends import available_backends, use_backend
+from .export import decompositions
 from .functional import channel_attention, channel_attention_map, position_attention, position_attention_map
 from .memory import MemoryEstimate, memory_estimate
 
@@ -12,6 +13,7 @@ __all__ = [
     "available_backends",
     "channel_attention",
     "channel_attention_map",
+    "decompositions",
     "memory_estimate",
     "position_attention",
     "position_attention_map",

@@ -16,7 +16,7 @@ from danet.data.street_scenes import write_street_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
-    *("quickstart", "train", "evaluate", "predict", "attention"),
+    *("quickstart", "train", "evaluate", "predict", "attention", "export"),
     *("convert", "prepare", "swap-report", "models"),
 )
 
@@ -220,6 +220,14 @@ def test_a_checkpoint_file_needs_its_architecture(scenes, tmp_path, capsys):
     assert run("predict", tmp_path / "pam.pth", image, "-o", tmp_path / "out", "--name", "pam_tiny") == 0
     assert run("predict", tmp_path / "pam.pth", image, "-o", tmp_path / "out", "--name", "danet_tiny") == 2
     assert "missing: head.channel_in" in capsys.readouterr().err
+
+
+def test_export(saved, tmp_path, capsys):
+    assert run("export", saved, tmp_path / "model.onnx", "--size", 32, 64, "--opset", 23) == 0
+    assert "opset 23" in capsys.readouterr().out
+    assert (tmp_path / "model.onnx").exists()
+    assert run("export", saved, tmp_path / "model.onnx", "--opset", 11) == 2
+    assert "opset must be 18 or later, got 11" in capsys.readouterr().err
 
 
 def test_attention(scenes, saved, tmp_path, capsys):

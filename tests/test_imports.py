@@ -23,7 +23,7 @@ LAYERS = (
     ("proven",),
     ("backends",),
     ("ops",),
-    ("_vmap", "functional", "memory"),
+    ("_vmap", "functional", "memory", "export"),
     ("__init__",),
     ("info", "selftest"),
 )
@@ -69,14 +69,24 @@ def test_the_parser_of_imports_sees_them():
 def test_optional_packages_are_imported_nowhere(module):
     """Their wheels break on a CPU-only torch."""
     packages = {name.split(".")[0] for name in imported(module)}
-    assert not packages & {"torchvision", "timm", "torchmetrics", "torchaudio", "matplotlib", "pytest"}
+    assert not packages & {
+        "torchvision",
+        "timm",
+        "torchmetrics",
+        "torchaudio",
+        "matplotlib",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "pytest",
+    }
 
 
 # The same for danet: each of its modules imports from those before it, and of danet_kernels the public names alone.
 # danet.data stands for all of its modules, which have an order of their own.
 DANET = (
     *("_files", "_weights", "_config", "attention", "backbone", "head", "model", "checkpoint"),
-    *("swap_patterns", "swap_forward", "swap_find", "swap_verify", "swap_report", "swapping"),
+    *("swap_patterns", "swap_forward", "swap_find", "swap_verify", "swap_report", "swapping", "export"),
     *("progress", "distributed", "data", "metrics", "inference", "evaluate", "pictures", "predict", "visualize"),
     *("loss", "recipes", "batches", "run_folder", "train", "quickstart", "cli_tools", "cli", "__init__", "__main__"),
 )
@@ -134,7 +144,7 @@ start = time.perf_counter()
 import danet_kernels
 seconds = time.perf_counter() - start
 new = set(sys.modules) - before
-unwanted = {"torchvision", "timm", "torchmetrics", "triton", "matplotlib"} & new
+unwanted = {"torchvision", "timm", "torchmetrics", "triton", "matplotlib", "onnx", "onnxruntime", "onnxscript"} & new
 assert not unwanted, unwanted
 prefix = "danet_kernels.backends.triton."
 kernels = {name.removeprefix(prefix) for name in new if name.startswith(prefix)}
