@@ -67,8 +67,7 @@ def swap(
     for one in reversed(found):  # parts before what they are in
         inside = set(one.module.modules()) - {one.module}
         if any(other.module in inside for other, _ in swaps):
-            one.patterns = []  # holds attention, and is none
-            continue
+            continue  # holds attention, and is none
         how = _how(one, verify, fold) if one.patterns else None
         if how is not None:
             how.backend = backend

@@ -167,7 +167,9 @@ def test_it_works_under_autocast_and_with_another_default_device():
     with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
         with torch.device("cpu"):
             model = network("official").eval()
+            careful = Careful(WIDTH)
         assert len(swap(model, fold=True, crop=None).swapped) == 2
+        assert swap(careful, crop=None).swapped
 
 
 def test_no_generator_is_seeded(monkeypatch):
