@@ -140,7 +140,7 @@ def _position_items(
         items["gradients"] = B * (D * (M + N) + C * N) * size
     if backend == "triton":
         return items | _triton_position_workspace(B, C, D, M, N, size, training)
-    if backend == "cuda":
+    if backend in ("cuda", "hopper"):
         return items | _cuda_position_workspace(B, C, D, M, N, dtype, training)
     if backend == "native":
         arguments = B, C, D, M, N, _name(dtype), torch.get_num_threads()
@@ -163,7 +163,7 @@ def _channel_items(
         items["gradients"] = B * C * N * size
     if backend == "triton":
         return items | _triton_channel_workspace(B, C, N, size, training)
-    if backend == "cuda":
+    if backend in ("cuda", "hopper"):
         workspace = native.plans().channel_cuda_workspace(B, C, N, _name(dtype), training, _processors())
         if training:
             items["delta"] = B * C * 4  # of the whole batch, whose images go in parts

@@ -137,6 +137,7 @@ struct HopperForwardReader {
 
   const HopperForwardParameters<T>& p;
   HopperForwardSharedMemory& memory;
+  const HopperForwardTile& tile;
   int warpgroup;
   int left;                          // keys that are left, from this warpgroup's half of the step on
   uint32_t query[Tiles::kD / kDepth][4];
@@ -145,8 +146,8 @@ struct HopperForwardReader {
   float m[2], l[2], shrink[2];       // of rows lane / 4 and eight below; l of the own columns
 
   DANET_DEVICE HopperForwardReader(const HopperForwardParameters<T>& parameters, HopperForwardSharedMemory& shared,
-                                   int number)
-      : p(parameters), memory(shared), warpgroup(number), left(parameters.N - number * Tiles::kHalf) {
+                                   const HopperForwardTile& place, int number)
+      : p(parameters), memory(shared), tile(place), warpgroup(number), left(parameters.N - number * Tiles::kHalf) {
 #pragma unroll
     for (int i = 0; i < Tiles::kOwn / 2; ++i) acc[i] = 0.0f;
     m[0] = m[1] = -infinity();
@@ -270,57 +271,61 @@ struct HopperForwardReader {
     for (int i = 0; i < Tiles::kOwn / 2; ++i) acc[i] *= shrink[i / 2 % 2];
   }
 
-  // attn = acc / l, out = gamma attn + residual, lse = m + ln(l). A row with a logit of +inf is NaN throughout, and so
-  // is its lse: l is NaN there.
-  DANET_DEVICE void finish(const HopperForwardTile& at) {
-    constexpr int kLines = kChannelsLast ? Tiles::kRows : Tiles::kOwn, kLength = kChannelsLast ? Tiles::kOwn : Tiles::kRows;
-    constexpr int kPadding = kChannelsLast ? 8 : 4;  // keeps the lines that a warp writes to apart in the banks
-    constexpr int kStride = kLength + kPadding;
-    static_assert(2 * kLines * kStride * 4 <= PositionForwardSchedule::kValueSlots * Tiles::kPieceBytes,
-                  "fits in the memory of the values");
-
-    // 1. Sums of whole rows, from both warpgroups. Once they have met nobody reads values any more.
+  // Of the own columns of whole rows, for both warpgroups.
+  DANET_DEVICE void share_sums() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       l[half] += shuffle_xor(l[half], 1);
       l[half] += shuffle_xor(l[half], 2);
       if (lane() % 4 == 0) memory.sum[warpgroup][row() + 8 * half] = l[half];
     }
-    meet();
+  }
 
-    // 2. To shared memory, in lines as the results have them.
-    auto* const lines = reinterpret_cast<float*>(memory.value[0]) + warpgroup * kLines * kStride;
+  // Results of a warpgroup, in lines as tensors have them.
+  static constexpr int kLines = kChannelsLast ? Tiles::kRows : Tiles::kOwn;
+  static constexpr int kLength = kChannelsLast ? Tiles::kOwn : Tiles::kRows;
+  static constexpr int kLine = kLength + (kChannelsLast ? 8 : 4);  // keeps what a warp writes apart in the banks
+  static_assert(2 * kLines * kLine * 4 <= PositionForwardSchedule::kValueSlots * Tiles::kPieceBytes,
+                "fits in the memory of the values");
+
+  DANET_DEVICE float* results() { return reinterpret_cast<float*>(memory.value[0]) + warpgroup * kLines * kLine; }
+
+  // attn = acc / l, lse = m + ln(l). A row with a logit of +inf is NaN throughout, and so is its lse: l is NaN there.
+  DANET_DEVICE void collect_results() {
+    float* const lines = results();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int r = row() + 8 * half, query_index = at.first_query + r;
+      const int r = row() + 8 * half, query_index = tile.first_query + r;
       const float sum = memory.sum[0][r] + memory.sum[1][r], inverse = 1.0f / sum;
-      if (warpgroup == 0 && at.first_channel == 0 && lane() % 4 == 0 && query_index < p.M) {
-        p.lse[static_cast<int64_t>(at.batch) * p.M + query_index] = m[half] + logf(sum);
+      if (warpgroup == 0 && tile.first_channel == 0 && lane() % 4 == 0 && query_index < p.M) {
+        p.lse[static_cast<int64_t>(tile.batch) * p.M + query_index] = m[half] + logf(sum);
       }
 #pragma unroll
       for (int c = 0; c < Tiles::kOwn / 8; ++c) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int channel = 8 * c + lane() % 4 * 2 + e;
-          lines[kChannelsLast ? r * kStride + channel : channel * kStride + r] = acc[4 * c + 2 * half + e] * inverse;
+          lines[kChannelsLast ? r * kLine + channel : channel * kLine + r] = acc[4 * c + 2 * half + e] * inverse;
         }
       }
     }
-    meet();
+  }
 
-    // 3. From there, a warp to a line.
+  // out = gamma attn + residual, a warp to a line.
+  DANET_DEVICE void store_results() {
+    const float* const lines = results();
     const float gamma = p.gamma.load();
     for (int line = warp(); line < kLines; line += 4) {
 #pragma unroll 2
       for (int element = lane(); element < kLength; element += 32) {
-        const int channel = at.first_channel + warpgroup * Tiles::kOwn + (kChannelsLast ? element : line);
-        const int query_index = at.first_query + (kChannelsLast ? line : element);
+        const int channel = tile.first_channel + warpgroup * Tiles::kOwn + (kChannelsLast ? element : line);
+        const int query_index = tile.first_query + (kChannelsLast ? line : element);
         if (channel >= p.C || query_index >= p.M) continue;
-        float result = lines[line * kStride + element];
-        if (p.attn.data != nullptr) *p.attn.at(at.batch, channel, query_index) = result;
+        float result = lines[line * kLine + element];
+        if (p.attn.data != nullptr) *p.attn.at(tile.batch, channel, query_index) = result;
         result *= gamma;
-        if (p.residual.data != nullptr) result += to_float(*p.residual.at(at.batch, channel, query_index));
-        *p.out.at(at.batch, channel, query_index) = from_float<T>(result);
+        if (p.residual.data != nullptr) result += to_float(*p.residual.at(tile.batch, channel, query_index));
+        *p.out.at(tile.batch, channel, query_index) = from_float<T>(result);
       }
     }
   }
@@ -336,9 +341,8 @@ DANET_DEVICE void hopper_forward_load(const HopperForwardParameters<T>& p, Hoppe
 template <class T, bool kChannelsLast>
 DANET_DEVICE void hopper_forward_attend(const HopperForwardParameters<T>& p, HopperForwardSharedMemory& memory,
                                         const HopperForwardTile& tile, int steps, int warpgroup) {
-  HopperForwardReader<T, kChannelsLast> reader(p, memory, warpgroup);
+  HopperForwardReader<T, kChannelsLast> reader(p, memory, tile, warpgroup);
   attend(reader, steps, warpgroup);
-  reader.finish(tile);
 }
 
 // Grid: blocks of M, made even * blocks of C * B. Each block owns 64 queries and 512 channels of one batch element, each

@@ -1,6 +1,6 @@
 // Who does what when in the forward of position attention on Hopper: the roles, the rings of slots in shared memory and
 // the phases of their barriers. Plain C++: the kernel runs these functions with actions that load and multiply,
-// tests/cuda_host/schedule.cpp runs them with actions that it writes down, and searches all orders of events.
+// tests/cuda_host/schedule.cpp runs them with actions that it writes down, and proves that no order of events is wrong.
 //
 // A cluster of two blocks owns 2 x 64 queries. Each block has one warp that loads and two warpgroups that attend, each to
 // half of the channels. A piece of keys, or of values for one warpgroup, goes to both blocks: each loads one half of it
@@ -106,6 +106,13 @@ DANET_DEVICE void attend(Actions& act, int steps, int warpgroup) {
   wait_value(value);
   act.begin_sum(weight_slot(steps - 1), value.slot);
   act.template finish_products<0>();
+
+  // 7. The results go through the memory of the values, which nobody reads any more once all have met.
+  act.share_sums();
+  act.meet();
+  act.collect_results();
+  act.meet();
+  act.store_results();
 }
 
 }  // namespace danet

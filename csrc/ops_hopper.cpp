@@ -1,0 +1,46 @@
+// The torch-facing side of the Hopper kernels, compiled where the library gets code for 9.0a. The schemas are Python's
+// (danet_kernels/backends/hopper.py).
+#include <optional>
+#include <tuple>
+
+#include "ops_cuda.h"
+
+namespace danet {
+namespace {
+
+constexpr int64_t kHopperLargestD = 64;
+
+std::tuple<Tensor, Tensor, Tensor> position_attention_forward(
+    const Tensor& query,                   // [B, D, M]
+    const Tensor& key,                     // [B, D, N]
+    const Tensor& value,                   // [B, C, N]
+    const std::optional<Tensor> residual,  // [B, C, M]
+    const std::optional<Tensor> gamma, double scale, bool needs_attn) {
+  auto p = position_problem<PositionForward>(query, key, value, scale);
+  STD_TORCH_CHECK(p.dtype == Dtype::kFloat16 || p.dtype == Dtype::kBFloat16, "expected fp16 or bf16, got another dtype");
+  STD_TORCH_CHECK(p.D <= kHopperLargestD, "channels of query: expected at most ", kHopperLargestD, ", got ", p.D);
+  const TensorDevice device(value);
+  const bool channels_last = is_channels_last(value);
+  const auto lines = [&](const Tensor& t) { return operand(t, channels_last, /*may_overlap=*/false); };
+  const OperandLines q = lines(query), k = lines(key), v = lines(value);
+  p.query = q.input, p.key = k.input, p.value = v.input;
+  if (residual) {
+    DANET_CHECK_SHAPE("residual", *residual, p.C, p.M);
+    p.residual = elements(*residual);
+  }
+  Tensor out = empty_like_layout(value, p.C, p.M, value.scalar_type());
+  Tensor attn = needs_attn ? empty_like_layout(value, p.C, p.M, ScalarType::Float) : none(value);
+  Tensor lse = floats(value, {p.B, p.M});
+  p.out = output(out);
+  if (needs_attn) p.attn = output(attn);
+  p.lse = lse.mutable_data_ptr();
+  position_attention_forward_hopper(p, cuda_call(device, gamma, /*tf32=*/false));
+  return {out, attn, lse};
+}
+
+}  // namespace
+}  // namespace danet
+
+STABLE_TORCH_LIBRARY_IMPL(danet_kernels, DANET_DISPATCH_KEY, m) {
+  m.impl("position_attention_forward_hopper", TORCH_BOX(&danet::position_attention_forward));
+}
