@@ -80,10 +80,12 @@ DANET_DEVICE void attend(Actions& act, int steps, int warpgroup) {
   if (steps > 1) wait_key(1);
 
   for (int step = 0; step + 1 < steps; ++step) {
-    // 3. Logits of the next step, and the sum of this one behind them.
+    // 3. Logits of the next step, and behind them the sum of this one. It belongs to the maximum of the step before; it is
+    // rescaled while the logits are made.
     const Place key = key_place(step + 1), value = value_place(step, warpgroup);
     act.begin_logits(key.slot);
     wait_value(value);
+    act.rescale();
     act.begin_sum(weight_slot(step), value.slot);
 
     // 4. Weights of the next step, while the sum runs.
@@ -95,15 +97,15 @@ DANET_DEVICE void attend(Actions& act, int steps, int warpgroup) {
     act.meet();
     if (step + 2 < steps) wait_key(step + 2);
 
-    // 5. The sum is ready, and now belongs to another maximum.
+    // 5. The sum is ready.
     act.template finish_products<0>();
     act.leave(Ring::kValue, value.slot);
-    act.rescale();
   }
 
   // 6. The sum of the last step.
   const Place value = value_place(steps - 1, warpgroup);
   wait_value(value);
+  act.rescale();
   act.begin_sum(weight_slot(steps - 1), value.slot);
   act.template finish_products<0>();
 
