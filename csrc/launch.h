@@ -109,6 +109,7 @@ void position_attention_forward_cuda(const PositionForward& p, const CudaCall& c
 
 // On Hopper, for fp16 and bf16, D <= 64. Strides of batches and lines are larger than 0.
 void position_attention_forward_hopper(const PositionForward& p, const CudaCall& call);
+void position_attention_dvalue_hopper(const PositionBackward& p, const CudaCall& call);
 
 void position_attention_delta_cuda(const PositionBackward& p, float* delta, const CudaCall& call);  // delta [B, M]
 void position_attention_dvalue_cuda(const PositionBackward& p, const CudaCall& call);

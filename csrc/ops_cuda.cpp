@@ -47,7 +47,8 @@ std::tuple<Tensor, Tensor, Tensor> position_attention_forward(
   auto p = position_problem<PositionForward>(query, key, value, scale);
   const TensorDevice device(value);
   const bool channels_last = is_channels_last(value);
-  const OperandLines q = operand(query, channels_last), k = operand(key, channels_last), v = operand(value, channels_last);
+  const OperandLines q = operand(query, channels_last), k = operand(key, channels_last),
+                     v = operand(value, channels_last);
   p.query = q.input, p.key = k.input, p.value = v.input;
   if (residual) {
     DANET_CHECK_SHAPE("residual", *residual, p.C, p.M);
@@ -80,8 +81,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> position_attention_backward(
   const TensorDevice device(value);
   const CudaCall call = cuda_call(device, gamma, tf32);
   const bool channels_last = is_channels_last(value);
-  const OperandLines g = operand(dout, channels_last), q = operand(query, channels_last), k = operand(key, channels_last),
-                v = operand(value, channels_last);
+  const OperandLines g = operand(dout, channels_last), q = operand(query, channels_last),
+                     k = operand(key, channels_last), v = operand(value, channels_last);
   const Tensor contiguous_lse = torch::stable::contiguous(lse);
   p.dout = g.input, p.query = q.input, p.key = k.input, p.value = v.input;
   p.attn = elements(attn);

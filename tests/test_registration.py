@@ -50,6 +50,8 @@ SCHEMAS = {
     "bool official, bool residual, bool needs_x, bool needs_gamma, bool tf32) -> (Tensor dx, Tensor dgamma)",
     "position_attention_forward_hopper": "(Tensor query, Tensor key, Tensor value, Tensor? residual, Tensor? gamma, "
     "float scale, bool needs_attn) -> (Tensor out, Tensor attn, Tensor lse)",
+    "position_attention_dvalue_hopper": "(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor lse, "
+    "Tensor? gamma, float scale) -> Tensor",
 }
 
 

@@ -1,9 +1,9 @@
 """CUDA C++ kernels for Hopper alone (H100, H200), which use its tensor memory accelerator and its warpgroup products.
 
-The forward of position attention, in fp16 and bf16 with up to 64 channels of query and key; all else that the contract
-asks for runs on the kernels of the backend "cuda", which are in the same library. Not one of these kernels has run on a
-GPU yet: they were compiled, and run on a model of Hopper on the CPU (docs/kernels.md). So "auto" never takes this
-backend before a run on hardware is on record, not even after a self-check.
+The forward of position attention and the gradient of value, in fp16 and bf16 with up to 64 channels of query and key;
+all else that the contract asks for runs on the kernels of the backend "cuda", which are in the same library. Not one of
+these kernels has run on a GPU yet: they were compiled, and run on a model of Hopper on the CPU (docs/kernels.md). So
+"auto" never takes this backend before a run on hardware is on record, not even after a self-check.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import cuda, native
 from ._nvidia import capability
-from .cuda import channel_attention_backward, channel_attention_forward, position_attention_backward, source_hash
+from .cuda import channel_attention_backward, channel_attention_forward, source_hash
 
 __all__ = [
     "channel_attention_backward",
@@ -39,6 +39,10 @@ _library = torch.library.Library("danet_kernels", "FRAGMENT")
 _library.define(
     "position_attention_forward_hopper(Tensor query, Tensor key, Tensor value, Tensor? residual, Tensor? gamma, "
     "float scale, bool needs_attn) -> (Tensor out, Tensor attn, Tensor lse)"
+)
+_library.define(
+    "position_attention_dvalue_hopper(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor? gamma, "
+    "float scale) -> Tensor"
 )
 
 
@@ -75,6 +79,27 @@ def position_attention_forward(
     return torch.ops.danet_kernels.position_attention_forward_hopper(
         query, key, value, residual, gamma, scale, needs_attn
     )
+
+
+def position_attention_backward(
+    dout: Tensor,  # [B, C, M]
+    query: Tensor,  # [B, D, M]
+    key: Tensor,  # [B, D, N]
+    value: Tensor,  # [B, C, N]
+    attn: Tensor,  # [B, C, M]
+    lse: Tensor,  # [B, M]
+    gamma: Tensor | None,
+    scale: float,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dquery [B, D, M], dkey [B, D, N], dvalue [B, C, N], dgamma like gamma; [0] for what is not needed."""
+    others = (needs[0], needs[1], False, needs[3])
+    dquery, dkey, dvalue, dgamma = cuda.position_attention_backward(
+        dout, query, key, value, attn, lse, gamma, scale, others
+    )
+    if needs[2]:
+        dvalue = torch.ops.danet_kernels.position_attention_dvalue_hopper(dout, query, key, value, lse, gamma, scale)
+    return dquery, dkey, dvalue, dgamma
 
 
 def _architectures() -> list[str]:

@@ -156,7 +156,8 @@ void Hopper::land(char* to, const TensorView& view, int64_t element, int64_t lin
   const int line_bytes = view.box_length * 2;
   for (int l = 0; l < view.box_lines; ++l) {
     for (int e = 0; e < view.box_length; ++e) {
-      const bool exists = inside(batch, view.batches) && inside(line + l, view.lines) && inside(element + e, view.length);
+      const bool exists =
+          inside(batch, view.batches) && inside(line + l, view.lines) && inside(element + e, view.length);
       const uint16_t value =
           exists ? view.data[batch * view.batch_stride + (line + l) * view.line_stride + element + e] : uint16_t{0};
       const uintptr_t address = reinterpret_cast<uintptr_t>(to) + static_cast<uintptr_t>(l * line_bytes + 2 * e);
@@ -254,8 +255,8 @@ void Hopper::multiply(int warp, Product& product) {
   product.done = true;
 }
 
-// An element of a matrix [rows, depth] as the PTX ISA lays out its canonical swizzled layouts: groups of eight lines; in
-// lines along the depth a group has eight rows, in lines along the rows eight depths.
+// An element of a matrix [rows, depth] as the PTX ISA lays out its canonical swizzled layouts: groups of eight lines;
+// in lines along the depth a group has eight rows, in lines along the rows eight depths.
 float Hopper::read(int warp, uint64_t matrix, bool row_lines, int row, int depth, float (*value)(uint16_t)) {
   const auto field = [&](int first) { return static_cast<uintptr_t>(matrix >> first & 0x3fff) << 4; };
   const int line_bytes = matrix >> 62 == 1 ? 128 : matrix >> 62 == 2 ? 64 : 0;

@@ -1,7 +1,8 @@
 // What Hopper does beside the threads of the blocks of a cluster: barriers in shared memory, copies of tiles by the TMA
-// unit, products of warpgroups. It is as unkind as the PTX ISA allows: copies land in any order and apart from each other
-// in every block, products read shared memory at any time between their beginning and the wait, the accumulators hold
-// garbage until then, and what a thread has stored is not there for a product until that thread has said the fence.
+// unit, products of warpgroups. It is as unkind as the PTX ISA allows: copies land in any order and apart from each
+// other in every block, products read shared memory at any time between their beginning and the wait, the accumulators
+// hold garbage until then, and what a thread has stored is not there for a product until that thread has said the
+// fence.
 #pragma once
 
 #include <array>

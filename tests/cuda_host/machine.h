@@ -4,8 +4,8 @@
 //
 // What it finds: wrong values, addresses outside of shared memory or not aligned, collectives that only some lanes of a
 // warp reach, barriers that only some threads reach, copies that nobody waits for, and under ThreadSanitizer accesses
-// that nothing orders. What it cannot see: hardware that reorders memory accesses within what the barriers allow, and how
-// tensor cores round as they add.
+// that nothing orders. What it cannot see: hardware that reorders memory accesses within what the barriers allow, and
+// how tensor cores round as they add.
 #pragma once
 
 #include <cstddef>

@@ -6,12 +6,13 @@
 // A cluster has six agents: in each of its two blocks a loader and two warpgroups. What they do is written down by
 // running the schedule, and becomes a graph: an event comes before the next one of its agent; a load before its copies
 // land, in each block apart; what a phase of a barrier waits for before the end of that phase, and that before those
-// that wait for it; a product's beginning before its end. The n-th arrival of an agent, or bytes of a copy, are meant for
-// the n-th phase. That hardware can do nothing else follows, event by event, if in this graph
+// that wait for it; a product's beginning before its end. The n-th arrival of an agent, or bytes of a copy, are meant
+// for the n-th phase. That hardware can do nothing else follows, event by event, if in this graph
 //
 // - there is no cycle, and every phase that somebody waits for gets all of its arrivals and bytes (else: deadlock);
 // - nothing counts for a phase before the phase before it is over;
-// - who waits comes to it after the end of the phase before, and goes on before the end of the phase after: parity tells
+// - who waits comes to it after the end of the phase before, and goes on before the end of the phase after: parity
+// tells
 //   no more than that.
 //
 // Then the order of two events in the graph is their order in every run, and one where there is none is chance. So, of

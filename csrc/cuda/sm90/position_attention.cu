@@ -1,9 +1,10 @@
-// Launcher of the Hopper kernel of position attention. Compiled for 9.0a alone.
+// Launchers of the Hopper kernels of position attention. Compiled for 9.0a alone.
 #include <cstdint>
 
 #include "launch.h"
 #include <ptx/launch.cuh>  // not the one of csrc, if another comes first on the include path
 #include <ptx/tensor_map.cuh>
+#include "sm90/position_attention_dvalue.cuh"
 #include "sm90/position_attention_fwd.cuh"
 
 namespace danet {
@@ -21,32 +22,62 @@ TensorMap tiles(const Input& input, int64_t B, int64_t channels, int64_t positio
                                  tile_positions}, is_bf16);
 }
 
+// Of a block that owns positions of `own` [B, D, L] and runs over those of `other` [B, D, K] and `values` [B, C, K].
+HopperOperands operands(const Input& own, const Input& other, const Input& values, int64_t B, int64_t C, int64_t D,
+                        int64_t L, int64_t K, Dtype dtype) {
+  using Tiles = HopperTiles;
+  const bool channels_last = is_channels_last(values);
+  const int value_channels = channels_last ? Tiles::kLine : Tiles::kOwn / PositionForwardSchedule::kClusterBlocks;
+  return {tiles(own, B, D, L, Tiles::kD, Tiles::kRows, dtype),
+          tiles(other, B, D, K, Tiles::kD, Tiles::kHalf, dtype),
+          tiles(values, B, C, K, value_channels, Tiles::kColumns, dtype),
+          static_cast<int>(C),
+          static_cast<int>(L),
+          static_cast<int>(K),
+          channels_last};
+}
+
+template <class Parameters>
+void launch_hopper(void (*kernel)(Parameters), int64_t B, const Parameters& parameters, const CudaCall& call) {
+  constexpr int kBlocks = PositionForwardSchedule::kClusterBlocks;
+  const int64_t position_blocks = ceil_div(parameters.operands.L, kBlocks * HopperTiles::kRows) * kBlocks;
+  const int64_t channel_blocks = ceil_div(parameters.operands.C, HopperTiles::kChannels);
+  launch_clusters(kernel, position_blocks * channel_blocks * B, kBlocks, HopperTiles::kThreads,
+                  HopperSharedMemory::bytes(), parameters, call.stream);
+}
+
 template <class T>
 void forward(const PositionForward& p, const CudaCall& call) {
-  using Tiles = HopperTiles;
-  constexpr int kBlocks = PositionForwardSchedule::kClusterBlocks;
   HopperForwardParameters<T> parameters{};
-  parameters.channels_last = is_channels_last(p.value);
-  const int value_channels = parameters.channels_last ? Tiles::kLine : Tiles::kOwn / kBlocks;
-  parameters.query = tiles(p.query, p.B, p.D, p.M, Tiles::kD, Tiles::kRows, p.dtype);
-  parameters.key = tiles(p.key, p.B, p.D, p.N, Tiles::kD, Tiles::kHalf, p.dtype);
-  parameters.value = tiles(p.value, p.B, p.C, p.N, value_channels, Tiles::kColumns, p.dtype);
+  parameters.operands = operands(p.query, p.key, p.value, p.B, p.C, p.D, p.M, p.N, p.dtype);
   parameters.residual = elements<T>(p.residual);
   parameters.out = elements<T>(p.out);
   parameters.attn = elements<float>(p.attn);
   parameters.lse = static_cast<float*>(p.lse);
   parameters.gamma = {call.gamma, call.gamma_dtype};
   parameters.scale = static_cast<float>(p.scale);
-  parameters.C = static_cast<int>(p.C), parameters.M = static_cast<int>(p.M), parameters.N = static_cast<int>(p.N);
-  const int64_t query_blocks = ceil_div(p.M, kBlocks * Tiles::kRows) * kBlocks;
-  launch_clusters(position_attention_hopper_forward_kernel<T>, query_blocks * ceil_div(p.C, Tiles::kChannels) * p.B,
-                  kBlocks, Tiles::kThreads, HopperForwardSharedMemory::bytes(), parameters, call.stream);
+  launch_hopper(position_attention_hopper_forward_kernel<T>, p.B, parameters, call);
+}
+
+template <class T>
+void dvalue(const PositionBackward& p, const CudaCall& call) {
+  HopperDvalueParameters<T> parameters{};
+  parameters.operands = operands(p.key, p.query, p.dout, p.B, p.C, p.D, p.N, p.M, p.dtype);
+  parameters.lse = static_cast<const float*>(p.lse);
+  parameters.dvalue = elements<T>(p.dvalue);
+  parameters.gamma = {call.gamma, call.gamma_dtype};
+  parameters.scale = static_cast<float>(p.scale);
+  launch_hopper(position_attention_hopper_dvalue_kernel<T>, p.B, parameters, call);
 }
 
 }  // namespace
 
 void position_attention_forward_hopper(const PositionForward& p, const CudaCall& call) {
   p.dtype == Dtype::kBFloat16 ? forward<BFloat16>(p, call) : forward<Float16>(p, call);
+}
+
+void position_attention_dvalue_hopper(const PositionBackward& p, const CudaCall& call) {
+  p.dtype == Dtype::kBFloat16 ? dvalue<BFloat16>(p, call) : dvalue<Float16>(p, call);
 }
 
 }  // namespace danet

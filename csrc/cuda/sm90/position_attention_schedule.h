@@ -1,10 +1,11 @@
-// Who does what when in the forward of position attention on Hopper: the roles, the rings of slots in shared memory and
-// the phases of their barriers. Plain C++: the kernel runs these functions with actions that load and multiply,
+// Who does what when in the Hopper kernels of position attention: the roles, the rings of slots in shared memory and
+// the phases of their barriers. Plain C++: the kernels run these functions with actions that load and multiply,
 // tests/cuda_host/schedule.cpp runs them with actions that it writes down, and proves that no order of events is wrong.
 //
-// A cluster of two blocks owns 2 x 64 queries. Each block has one warp that loads and two warpgroups that attend, each to
-// half of the channels. A piece of keys, or of values for one warpgroup, goes to both blocks: each loads one half of it
-// and sends it to both, so a slot may be filled only when its readers in both blocks have left it.
+// Told for the forward; the gradient of value has keys for queries, queries for keys and dout for values. A cluster of
+// two blocks owns 2 x 64 queries. Each block has one thread that loads and two warpgroups that attend, each to half of
+// the channels. A piece of keys, or of values for one warpgroup, goes to both blocks: each loads one half of it and
+// sends it to both, so a slot may be filled only when its readers in both blocks have left it.
 #pragma once
 
 #include "ptx/device.cuh"
@@ -40,13 +41,14 @@ DANET_DEVICE Place value_place(int step, int warpgroup) {
 }
 DANET_DEVICE int weight_slot(int step) { return step % PositionForwardSchedule::kWeightSlots; }
 
-// The loader, `steps` > 0. A slot's first filling waits for the phase before the first, which counts as over.
+// The loader. A slot's first filling waits for the phase before the first, which counts as over.
 template <class Actions>
 DANET_DEVICE void load_pieces(Actions& act, int steps) {
   const auto load = [&](Ring ring, Place place, int piece) {
     act.wait_empty(ring, place.slot, place.parity ^ 1);
     act.load(ring, place.slot, piece);
   };
+  if (steps == 0) return;
   act.load(Ring::kQuery, 0, 0);
   load(Ring::kKey, key_place(0), 0);
   for (int step = 0; step < steps; ++step) {
@@ -57,10 +59,11 @@ DANET_DEVICE void load_pieces(Actions& act, int steps) {
   }
 }
 
-// A warpgroup that attends. While the products with the values of one step run, it makes the weights of the next: the
-// logits of half of the keys, a maximum together with the other warpgroup, and weights that both read.
+// The steps of a warpgroup that attends, at least one. While the products with the values of one step run, it makes the
+// weights of the next: the logits of half of the keys, a maximum together with the other warpgroup, and weights that
+// both read.
 template <class Actions>
-DANET_DEVICE void attend(Actions& act, int steps, int warpgroup) {
+DANET_DEVICE void add_steps(Actions& act, int steps, int warpgroup) {
   const auto wait_key = [&](int step) { act.wait_full(Ring::kKey, key_place(step).slot, key_place(step).parity); };
   const auto wait_value = [&](Place value) { act.wait_full(Ring::kValue, value.slot, value.parity); };
 
@@ -80,8 +83,8 @@ DANET_DEVICE void attend(Actions& act, int steps, int warpgroup) {
   if (steps > 1) wait_key(1);
 
   for (int step = 0; step + 1 < steps; ++step) {
-    // 3. Logits of the next step, and behind them the sum of this one. It belongs to the maximum of the step before; it is
-    // rescaled while the logits are made.
+    // 3. Logits of the next step, and behind them the sum of this one. It belongs to the maximum of the step before,
+    // and is rescaled while the logits are made.
     const Place key = key_place(step + 1), value = value_place(step, warpgroup);
     act.begin_logits(key.slot);
     wait_value(value);
@@ -108,8 +111,14 @@ DANET_DEVICE void attend(Actions& act, int steps, int warpgroup) {
   act.rescale();
   act.begin_sum(weight_slot(steps - 1), value.slot);
   act.template finish_products<0>();
+}
 
-  // 7. The results go through the memory of the values, which nobody reads any more once all have met.
+// A warpgroup that attends.
+template <class Actions>
+DANET_DEVICE void attend(Actions& act, int steps, int warpgroup) {
+  if (steps > 0) add_steps(act, steps, warpgroup);
+
+  // The results go through the memory of the values, which nobody reads any more once all have met.
   act.share_sums();
   act.meet();
   act.collect_results();
