@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 LARGEST_D = 64
+DTYPES = (torch.float16, torch.bfloat16)
 
 TENSOR_CORES = True
 """As in cuda.py."""
