@@ -3,6 +3,7 @@
 #include <optional>
 #include <tuple>
 
+#include "cuda/plan.h"
 #include "ops_cuda.h"
 
 namespace danet {
@@ -41,7 +42,9 @@ std::tuple<Tensor, Tensor, Tensor> position_attention_forward(
   p.out = output(out);
   if (needs_attn) p.attn = output(attn);
   p.lse = lse.mutable_data_ptr();
-  position_attention_forward_hopper(p, cuda_call(device, gamma, /*tf32=*/false));
+  const CudaCall call = cuda_call(device, gamma, /*tf32=*/false);
+  Tensor parts = floats(value, {hopper_rounds(p.B, p.C, p.M, p.N, call.multiprocessors).parts(), kHopperPart});
+  position_attention_forward_hopper(p, data(parts), call);
   return {out, attn, lse};
 }
 
@@ -62,7 +65,9 @@ Tensor position_attention_dvalue(const Tensor& dout,   // [B, C, M]
   p.lse = contiguous_lse.const_data_ptr();
   Tensor dvalue = gradient_like(value);
   p.dvalue = output(dvalue);
-  position_attention_dvalue_hopper(p, cuda_call(device, gamma, /*tf32=*/false));
+  const CudaCall call = cuda_call(device, gamma, /*tf32=*/false);
+  Tensor parts = floats(value, {hopper_rounds(p.B, p.C, p.N, p.M, call.multiprocessors).parts(), kHopperPart});
+  position_attention_dvalue_hopper(p, data(parts), call);
   return dvalue;
 }
 

@@ -72,23 +72,18 @@ def test_what_differs_from_the_table_is_said():
     assert cuda_compile.differences(known, [], [ROW.key]) == [f"{name}: in the table, but no kernel any more"]
 
 
-def hopper_kernels() -> set[tuple[str, str]]:
-    """Their names and dtypes."""
-    text = "\n".join(path.read_text() for path in sorted((cuda_compile.ROOT / "csrc" / "cuda").rglob("*.cuh")))
-    names = re.findall(r"DANET_CLUSTER_KERNEL\([^)]*\)\s+(\w+)_kernel\(", text)
-    return {(name, dtype) for name in names for dtype in ("bf16", "fp16")}
-
-
-def kernels_in_sources() -> set[tuple[str, bool]]:
-    """Names of the others, and whether they are made for each dtype."""
-    text = "\n".join(path.read_text() for path in sorted((cuda_compile.ROOT / "csrc" / "cuda").rglob("*.cuh")))
-    found = re.findall(r"(template <class T>\n)?DANET_KERNEL\([^)]*\)\s+(\w+)_kernel\(", text)
+def kernels_of(folder: str) -> set[tuple[str, bool]]:
+    """Their names, and whether they are made for each dtype."""
+    text = "\n".join(path.read_text() for path in sorted((cuda_compile.ROOT / "csrc" / "cuda" / folder).glob("*.cuh")))
+    found = re.findall(r"(template <class T>\n)?DANET_(?:CLUSTER_)?KERNEL\([^)]*\)\s+(\w+)_kernel\(", text)
     return {(name, bool(template)) for template, name in found}
 
 
 def test_the_committed_table_has_every_kernel_and_no_other():
-    kernels = kernels_in_sources()
+    kernels = kernels_of("sm80")
     assert len(kernels) > 5
+    hopper = {(name, dtype) for name, _ in kernels_of("sm90") for dtype in ("bf16", "fp16")}
+    assert len(hopper) > 5
     all_dtypes = {(name, dtype) for name, each in kernels for dtype in (("fp32", "bf16", "fp16") if each else ("-",))}
     bf16 = {(name, dtype) for name, dtype in all_dtypes if dtype in ("bf16", "-")}
     table = cuda_compile.read(cuda_compile.TABLE)
@@ -96,7 +91,7 @@ def test_the_committed_table_has_every_kernel_and_no_other():
     for release in {key[0] for key in table}:
         for architectures, expected in ((cuda_compile.BUILT, all_dtypes), (cuda_compile.OTHERS, bf16)):
             for architecture in architectures:
-                more = hopper_kernels() if architecture == cuda_compile.HOPPER else set()
+                more = hopper if architecture == cuda_compile.HOPPER else set()
                 assert {key[2:] for key in table if key[:2] == (release, architecture)} == expected | more
     assert max(Counter(key[:2] for key in table).values()) <= cuda_compile.MOST_KERNELS
     assert [complaint for row in table.values() for complaint in cuda_compile.complaints(row)] == []

@@ -14,7 +14,7 @@ from cases import PositionCase, Problem, arrange
 from on_backend import INTERPRETED, _not_compiled
 from tolerance import assert_follows_error_rule, yardsticks
 
-from danet_kernels import available_backends, backends, proven
+from danet_kernels import available_backends, backends, memory, proven
 from danet_kernels.backends import cuda, hopper, native
 
 _reasons = [*available_backends("position_attention")["hopper"], *_not_compiled]
@@ -159,6 +159,21 @@ def test_edges_of_tiles(shape, dtype, layout):
 def test_rounds_of_the_rings(N, layout):
     """Two slots of keys, three steps of values: from one step to more than two rounds of both."""
     follows(in_layout(PositionCase(1, 40, 24, 70, N, "bf16", scale=0.5).problem(), layout))
+
+
+@pytest.mark.skipif(bool(native.why_not("position_attention")), reason="the plans are in the extension for the CPU")
+@pytest.mark.parametrize(
+    ("B", "N", "parts"),
+    [
+        (1, 9216, 6 * 11),  # 72 tiles for 66 clusters: each of the last 6 goes to 11
+        (1, 8448, 0),  # one full round
+        (8, 9216, 0),  # the last 48 of 576 tiles are too many to be shared
+        (1, 4224, 33 * 2),
+        (1, 64, 0),  # one step cannot be shared
+    ],
+)
+def test_tiles_of_the_last_round_are_shared(B, N, parts):
+    assert native.plans().hopper_parts(B, 512, N, N, 132) == parts * memory._HOPPER_PART
 
 
 @runs

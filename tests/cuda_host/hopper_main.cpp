@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/plan.h"
 #include "launch.h"
 #include "machine.h"
 #include "tensor.h"
@@ -35,16 +36,21 @@ bool run(Dtype dtype, bool channels_last, unsigned seed, std::mt19937& random) {
   std::vector<float> lse = poisoned(B * M);
 
   // 1. The kernels.
-  const CudaCall call{&gamma, Dtype::kFloat32, false, 4, nullptr};
+  constexpr int64_t kMultiprocessors = 6;  // three clusters at a time: the last tiles are shared
+  const CudaCall call{&gamma, Dtype::kFloat32, false, kMultiprocessors, nullptr};
+  const auto parts = [&](int64_t L, int64_t K) {
+    return poisoned(hopper_rounds(B, C, L, K, kMultiprocessors).parts() * kHopperPart);
+  };
+  std::vector<float> forward_parts = parts(M, N), dvalue_parts = parts(N, M);
   PositionForward p{B, C, D, M, N, dtype, scale, 0.0, query.input(), key.input(), value.input(), residual.input(),
                     out.output(), attn.output(), lse.data()};
-  position_attention_forward_hopper(p, call);
+  position_attention_forward_hopper(p, forward_parts.data(), call);
   PositionBackward backward{};
   backward.B = B, backward.C = C, backward.D = D, backward.M = M, backward.N = N;
   backward.dtype = dtype, backward.scale = scale;
   backward.dout = dout.input(), backward.query = query.input(), backward.key = key.input();
   backward.lse = lse.data(), backward.dvalue = dvalue.output();
-  position_attention_dvalue_hopper(backward, call);
+  position_attention_dvalue_hopper(backward, dvalue_parts.data(), call);
 
   // 2. The definition.
   std::vector<double> weights(static_cast<size_t>(M * N)), want(static_cast<size_t>(C * M));

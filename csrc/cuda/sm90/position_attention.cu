@@ -4,8 +4,7 @@
 #include "launch.h"
 #include <ptx/launch.cuh>  // not the one of csrc, if another comes first on the include path
 #include <ptx/tensor_map.cuh>
-#include "sm90/position_attention_dvalue.cuh"
-#include "sm90/position_attention_fwd.cuh"
+#include "sm90/position_attention_merge.cuh"
 
 namespace danet {
 namespace {
@@ -24,7 +23,7 @@ TensorMap tiles(const Input& input, int64_t B, int64_t channels, int64_t positio
 
 // Of a block that owns positions of `own` [B, D, L] and runs over those of `other` [B, D, K] and `values` [B, C, K].
 HopperOperands operands(const Input& own, const Input& other, const Input& values, int64_t B, int64_t C, int64_t D,
-                        int64_t L, int64_t K, Dtype dtype) {
+                        int64_t L, int64_t K, Dtype dtype, const HopperRounds& rounds, float* parts) {
   using Tiles = HopperTiles;
   const bool channels_last = is_channels_last(values);
   const int value_channels = channels_last ? Tiles::kLine : Tiles::kOwn / PositionForwardSchedule::kClusterBlocks;
@@ -34,50 +33,60 @@ HopperOperands operands(const Input& own, const Input& other, const Input& value
           static_cast<int>(C),
           static_cast<int>(L),
           static_cast<int>(K),
-          channels_last};
+          channels_last,
+          static_cast<int>(rounds.whole),
+          static_cast<int>(rounds.splits),
+          static_cast<int>(rounds.steps),
+          parts};
 }
 
+// The kernel, and where tiles are shared the one that merges their parts.
 template <class Parameters>
-void launch_hopper(void (*kernel)(Parameters), int64_t B, const Parameters& parameters, const CudaCall& call) {
-  constexpr int kBlocks = PositionForwardSchedule::kClusterBlocks;
-  const int64_t position_blocks = ceil_div(parameters.operands.L, kBlocks * HopperTiles::kRows) * kBlocks;
-  const int64_t channel_blocks = ceil_div(parameters.operands.C, HopperTiles::kChannels);
-  launch_clusters(kernel, position_blocks * channel_blocks * B, kBlocks, HopperTiles::kThreads,
+void launch_hopper(void (*kernel)(Parameters), void (*merge)(Parameters), const Parameters& parameters,
+                   const HopperRounds& rounds, const CudaCall& call) {
+  launch_clusters(kernel, kHopperBlocks * rounds.clusters(), kHopperBlocks, HopperTiles::kThreads,
                   HopperSharedMemory::bytes(), parameters, call.stream);
+  if (rounds.splits == 1) return;
+  launch(merge, rounds.shared * kHopperBlocks * (kHopperSums / kMergeElements), kMergeThreads, 0, parameters,
+         call.stream);
 }
 
 template <class T>
-void forward(const PositionForward& p, const CudaCall& call) {
+void forward(const PositionForward& p, float* parts, const CudaCall& call) {
+  const HopperRounds rounds = hopper_rounds(p.B, p.C, p.M, p.N, call.multiprocessors);
   HopperForwardParameters<T> parameters{};
-  parameters.operands = operands(p.query, p.key, p.value, p.B, p.C, p.D, p.M, p.N, p.dtype);
+  parameters.operands = operands(p.query, p.key, p.value, p.B, p.C, p.D, p.M, p.N, p.dtype, rounds, parts);
   parameters.residual = elements<T>(p.residual);
   parameters.out = elements<T>(p.out);
   parameters.attn = elements<float>(p.attn);
   parameters.lse = static_cast<float*>(p.lse);
   parameters.gamma = {call.gamma, call.gamma_dtype};
   parameters.scale = static_cast<float>(p.scale);
-  launch_hopper(position_attention_hopper_forward_kernel<T>, p.B, parameters, call);
+  launch_hopper(position_attention_hopper_forward_kernel<T>, position_attention_hopper_merge_kernel<T>, parameters,
+                rounds, call);
 }
 
 template <class T>
-void dvalue(const PositionBackward& p, const CudaCall& call) {
+void dvalue(const PositionBackward& p, float* parts, const CudaCall& call) {
+  const HopperRounds rounds = hopper_rounds(p.B, p.C, p.N, p.M, call.multiprocessors);
   HopperDvalueParameters<T> parameters{};
-  parameters.operands = operands(p.key, p.query, p.dout, p.B, p.C, p.D, p.N, p.M, p.dtype);
+  parameters.operands = operands(p.key, p.query, p.dout, p.B, p.C, p.D, p.N, p.M, p.dtype, rounds, parts);
   parameters.lse = static_cast<const float*>(p.lse);
   parameters.dvalue = elements<T>(p.dvalue);
   parameters.gamma = {call.gamma, call.gamma_dtype};
   parameters.scale = static_cast<float>(p.scale);
-  launch_hopper(position_attention_hopper_dvalue_kernel<T>, p.B, parameters, call);
+  launch_hopper(position_attention_hopper_dvalue_kernel<T>, position_attention_hopper_dvalue_merge_kernel<T>,
+                parameters, rounds, call);
 }
 
 }  // namespace
 
-void position_attention_forward_hopper(const PositionForward& p, const CudaCall& call) {
-  p.dtype == Dtype::kBFloat16 ? forward<BFloat16>(p, call) : forward<Float16>(p, call);
+void position_attention_forward_hopper(const PositionForward& p, float* parts, const CudaCall& call) {
+  p.dtype == Dtype::kBFloat16 ? forward<BFloat16>(p, parts, call) : forward<Float16>(p, parts, call);
 }
 
-void position_attention_dvalue_hopper(const PositionBackward& p, const CudaCall& call) {
-  p.dtype == Dtype::kBFloat16 ? dvalue<BFloat16>(p, call) : dvalue<Float16>(p, call);
+void position_attention_dvalue_hopper(const PositionBackward& p, float* parts, const CudaCall& call) {
+  p.dtype == Dtype::kBFloat16 ? dvalue<BFloat16>(p, parts, call) : dvalue<Float16>(p, parts, call);
 }
 
 }  // namespace danet

@@ -30,7 +30,7 @@ struct HopperDvalueReader : HopperReader<T, kChannelsLast> {
                                   const HopperTile& place, int number)
       : Base(parameters.operands.K, shared, place, number),
         p(parameters),
-        lse(p.lse + static_cast<int64_t>(place.batch) * p.operands.K + number * Tiles::kHalf) {}
+        lse(p.lse + static_cast<int64_t>(place.batch) * p.operands.K + place.first_other + number * Tiles::kHalf) {}
 
   DANET_DEVICE void share_maximum() {}
   DANET_DEVICE void rescale() {}
@@ -50,20 +50,21 @@ struct HopperDvalueReader : HopperReader<T, kChannelsLast> {
   }
 
   DANET_DEVICE void collect_results() {
-    const float gamma = p.gamma.load();
+    const float factor = tile.sums == nullptr ? p.gamma.load() : 1.0f;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) Base::collect(half, gamma);
+    for (int half = 0; half < 2; ++half) Base::collect(half, factor);
   }
 
   DANET_DEVICE void store_results() {
+    if (tile.sums != nullptr) return Base::store_part(p.operands.C, p.operands.L);
     Base::for_results(p.operands.C, p.operands.L, [&](int channel, int key_index, float result) {
       *p.dvalue.at(tile.batch, channel, key_index) = from_float<T>(result);
     });
   }
 };
 
-// Grid: blocks of N, made even * blocks of C * B. Each block owns 64 keys and 512 channels of one batch element, each
-// of its warpgroups that attend half of the channels.
+// Grid: two blocks for each cluster of HopperRounds. Each block owns 64 keys and 512 channels of one batch element,
+// each of its warpgroups that attend half of the channels; of a tile that is shared, for a part of the queries.
 template <class T>
 DANET_CLUSTER_KERNEL(HopperTiles::kThreads, PositionForwardSchedule::kClusterBlocks)
 position_attention_hopper_dvalue_kernel(DANET_PARAMETER HopperDvalueParameters<T> p) {

@@ -98,6 +98,12 @@ struct HopperForwardReader : HopperReader<T, kChannelsLast> {
     for (int half = 0; half < 2; ++half) {
       const int r = row() + 8 * half, query_index = tile.first_position + r;
       const float sum = memory.sum[0][r] + memory.sum[1][r];
+      if (tile.sums != nullptr) {
+        float* const statistics = hopper_statistics(tile.sums, tile.rank) + 2 * r;
+        if (warpgroup == 0 && lane() % 4 == 0) statistics[0] = m[half], statistics[1] = sum;
+        Base::collect(half, 1.0f);
+        continue;
+      }
       if (warpgroup == 0 && tile.first_channel == 0 && lane() % 4 == 0 && query_index < p.operands.L) {
         p.lse[static_cast<int64_t>(tile.batch) * p.operands.L + query_index] = m[half] + logf(sum);
       }
@@ -106,6 +112,7 @@ struct HopperForwardReader : HopperReader<T, kChannelsLast> {
   }
 
   DANET_DEVICE void store_results() {
+    if (tile.sums != nullptr) return Base::store_part(p.operands.C, p.operands.L);
     const float gamma = p.gamma.load();
     Base::for_results(p.operands.C, p.operands.L, [&](int channel, int query_index, float result) {
       if (p.attn.data != nullptr) *p.attn.at(tile.batch, channel, query_index) = result;
@@ -116,8 +123,8 @@ struct HopperForwardReader : HopperReader<T, kChannelsLast> {
   }
 };
 
-// Grid: blocks of M, made even * blocks of C * B. Each block owns 64 queries and 512 channels of one batch element,
-// each of its warpgroups that attend half of the channels.
+// Grid: two blocks for each cluster of HopperRounds. Each block owns 64 queries and 512 channels of one batch element,
+// each of its warpgroups that attend half of the channels; of a tile that is shared, for a part of the keys.
 template <class T>
 DANET_CLUSTER_KERNEL(HopperTiles::kThreads, PositionForwardSchedule::kClusterBlocks)
 position_attention_hopper_forward_kernel(DANET_PARAMETER HopperForwardParameters<T> p) {

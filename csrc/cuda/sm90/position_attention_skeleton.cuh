@@ -4,80 +4,12 @@
 // The order of all that waits is in position_attention_schedule.h; here is what is done.
 #pragma once
 
-#include "cuda/sm90/position_attention_schedule.h"
 #include "ptx/mma.cuh"
-#include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 #include "sm80/parameters.cuh"
+#include "sm90/position_attention_tiles.cuh"
 
 namespace danet {
-
-struct HopperTiles {
-  static constexpr int kRows = 64;        // positions that a block owns
-  static constexpr int kD = 64;           // channels of query and key, filled up with zeros
-  static constexpr int kColumns = 64;     // positions of the other side that a step takes
-  static constexpr int kHalf = 32;        // of them: those that one block loads, and one warpgroup makes weights of
-  static constexpr int kChannels = 512;   // of the values, of a block
-  static constexpr int kOwn = 256;        // of them: those of one warpgroup
-  static constexpr int kLine = 64;        // elements of a line of a tile: 128 bytes
-  static constexpr int kDepth = 16;       // of one product
-  static constexpr int kThreads = 3 * 128;
-  static constexpr int kAttending = 2 * 128;
-  static constexpr int kLoader = 2;       // the warpgroup of the loader, after those that attend
-  static constexpr int kTileBytes = kRows * kLine * 2;            // of own positions, of others, of weights
-  static constexpr int kPieceBytes = kOwn * kColumns * 2;         // of values for one warpgroup
-  static constexpr int kGroupBytes = 8 * kLine * 2;               // eight lines: the swizzle repeats
-  static constexpr int kAlignment = kGroupBytes;
-  static constexpr int kRegisters = 232, kLoaderRegisters = 40;
-  static_assert(kRows == kLine && kColumns == kLine && kD == kLine, "all tiles but those of values are alike");
-  static_assert(2 * kHalf == kColumns && 2 * kOwn == kChannels, "two warpgroups, two blocks");
-  static_assert(kColumns % kDepth == 0 && kD % kDepth == 0, "whole products");
-  static_assert(2 * 128 * kRegisters + 128 * kLoaderRegisters <= 65536, "the registers of a multiprocessor");
-};
-
-// Both sides and the values: L own positions, K of the other side. channels_last: [B, positions, channels].
-struct HopperOperands {
-  TensorMap own;     // [B, D, L]; tiles of 64 x 64
-  TensorMap other;   // [B, D, K]; tiles of 64 x 32, in channels_last of 32 x 64
-  TensorMap values;  // [B, C, K]; tiles of 128 x 64, in channels_last of 64 x 64
-  int C, L, K;
-  bool channels_last;
-};
-
-struct HopperSharedMemory {
-  using Tiles = HopperTiles;
-  using Schedule = PositionForwardSchedule;
-
-  alignas(Tiles::kAlignment) char values[Schedule::kValueSlots][Tiles::kPieceBytes];  // [256, 64], or 4 x [64, 64]
-  char weights[Schedule::kWeightSlots][Tiles::kTileBytes];  // [64, 64]; the last one first has the own positions
-  char other[Schedule::kKeySlots][Tiles::kTileBytes];       // 2 x [64, 32], or [64, 64] in channels_last
-  float maximum[Schedule::kReaders][Tiles::kRows];
-  float sum[Schedule::kReaders][Tiles::kRows];
-  Barrier own_full;
-  Barrier other_full[Schedule::kKeySlots], other_empty[Schedule::kKeySlots];
-  Barrier values_full[Schedule::kValueSlots], values_empty[Schedule::kValueSlots];
-
-  // With what it may take to reach the first boundary.
-  static constexpr int bytes();
-
-  DANET_DEVICE Barrier* full(Ring ring, int slot) {
-    return ring == Ring::kQuery ? &own_full : ring == Ring::kKey ? &other_full[slot] : &values_full[slot];
-  }
-  DANET_DEVICE Barrier* empty(Ring ring, int slot) {
-    return ring == Ring::kKey ? &other_empty[slot] : &values_empty[slot];
-  }
-};
-
-constexpr int HopperSharedMemory::bytes() {
-  constexpr int kMost = 232448;  // bytes that a block may have on sm_90
-  static_assert(sizeof(HopperSharedMemory) + Tiles::kAlignment <= kMost, "a block must fit");
-  return static_cast<int>(sizeof(HopperSharedMemory)) + Tiles::kAlignment;
-}
-
-// The place of a block.
-struct HopperTile {
-  int first_position, first_channel, batch, rank;
-};
 
 // Actions of the loader, which is one thread.
 template <bool kChannelsLast>
@@ -103,7 +35,7 @@ struct HopperLoader {
                 full);
     } else if (ring == Ring::kKey) {
       arrive_and_expect(full, Tiles::kTileBytes);
-      const Position from = at(0, piece * Tiles::kColumns + tile.rank * Tiles::kHalf);
+      const Position from = at(0, tile.first_other + piece * Tiles::kColumns + tile.rank * Tiles::kHalf);
       load_tile(memory.other[slot] + tile.rank * (Tiles::kTileBytes / 2), p.other, from.element, from.line, tile.batch,
                 full, kBoth);
     } else {
@@ -114,7 +46,7 @@ struct HopperLoader {
       const int channel = tile.first_channel + piece % 2 * Tiles::kOwn + tile.rank * kShare;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        const Position from = at(channel + i * Tiles::kLine, piece / 2 * Tiles::kColumns);
+        const Position from = at(channel + i * Tiles::kLine, tile.first_other + piece / 2 * Tiles::kColumns);
         load_tile(to + i * (Tiles::kPieceBytes / 2 / kLoads), p.values, from.element, from.line, tile.batch, full,
                   kBoth);
       }
@@ -140,7 +72,7 @@ struct HopperReader {
   float acc[Tiles::kOwn / 2];        // [64, 256]
 
   DANET_DEVICE HopperReader(int positions, HopperSharedMemory& shared, const HopperTile& place, int number)
-      : memory(shared), tile(place), warpgroup(number), left(positions - number * Tiles::kHalf) {
+      : memory(shared), tile(place), warpgroup(number), left(positions - place.first_other - number * Tiles::kHalf) {
 #pragma unroll
     for (int i = 0; i < Tiles::kOwn / 2; ++i) acc[i] = 0.0f;
   }
@@ -244,6 +176,14 @@ struct HopperReader {
     }
   }
 
+  // The same to the memory of a part; sums outside of the tensor stay what they are.
+  DANET_DEVICE void store_part(int C, int L) {
+    for_results(C, L, [&](int channel, int position, float result) {
+      const int c = channel - tile.first_channel, r = position - tile.first_position;
+      tile.sums[kChannelsLast ? r * Tiles::kChannels + c : c * Tiles::kRows + r] = result;
+    });
+  }
+
   // Calls store(channel, position, result) for what was collected inside of [C, L], a warp to a line.
   template <class Store>
   DANET_DEVICE void for_results(int C, int L, const Store& store) {
@@ -273,22 +213,17 @@ DANET_DEVICE void hopper_attend(const Parameters& p, HopperSharedMemory& memory,
   attend(reader, steps, warpgroup);
 }
 
-// The body of a kernel whose grid is: blocks of L, made even * blocks of C * B. The two blocks of a cluster have
-// neighbouring positions. Reader<T, kChannelsLast> are the actions of a warpgroup that attends.
+// The body of a kernel whose grid is two blocks for each cluster of HopperRounds. They have neighbouring positions.
+// Reader<T, kChannelsLast> are the actions of a warpgroup that attends.
 template <class T, template <class, bool> class Reader, class Parameters>
 DANET_DEVICE void hopper_body(const Parameters& p) {
   using Tiles = HopperTiles;
   using Schedule = PositionForwardSchedule;
 
   // 1. Which tile.
-  constexpr int kClusterRows = Schedule::kClusterBlocks * Tiles::kRows;
   const HopperOperands& operands = p.operands;
-  const int position_blocks = (operands.L + kClusterRows - 1) / kClusterRows * Schedule::kClusterBlocks;
-  const int channel_blocks = (operands.C + Tiles::kChannels - 1) / Tiles::kChannels;
-  const int steps = p.is_zero() ? 0 : (operands.K + Tiles::kColumns - 1) / Tiles::kColumns;
-  const HopperTile tile{static_cast<int>(block_index() % position_blocks) * Tiles::kRows,
-                        static_cast<int>(block_index() / position_blocks % channel_blocks) * Tiles::kChannels,
-                        static_cast<int>(block_index() / position_blocks / channel_blocks), cluster_rank()};
+  const HopperTile tile = hopper_tile_of_cluster(operands, block_index() / kHopperBlocks, cluster_rank());
+  const int steps = p.is_zero() ? 0 : tile.steps;
   auto& memory = *reinterpret_cast<HopperSharedMemory*>(align_shared(shared_memory(), Tiles::kAlignment));
 
   // 2. Barriers, for both blocks before either uses them.
