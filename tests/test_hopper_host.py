@@ -14,7 +14,9 @@ pytestmark = pytest.mark.skipif(bool(cuda_host_build.missing()), reason=str(cuda
 
 FORWARD = "sm90/position_attention_fwd.cuh"
 DVALUE = "sm90/position_attention_dvalue.cuh"
+MERGE = "sm90/position_attention_merge.cuh"
 SKELETON = "sm90/position_attention_skeleton.cuh"
+TILES = "sm90/position_attention_tiles.cuh"
 SCHEDULE = "sm90/position_attention_schedule.h"
 ADDRESS_SANITIZER = ["-fsanitize=address"]
 
@@ -113,6 +115,14 @@ KERNEL_BUGS = {
     "lse of the wrong maximum": planted("m[half] + logf(sum)", "m[0] + logf(sum)", FORWARD),
     "lse of the other half": planted("number * Tiles::kHalf) {}", "(1 - number) * Tiles::kHalf) {}", DVALUE),
     "lse of one step": planted("    lse += Tiles::kColumns;\n", "", DVALUE),
+    "parts are not shrunk": planted(
+        "attn += sums[part * kHopperPart] * shrink;", "attn += sums[part * kHopperPart];", MERGE
+    ),
+    "a part too few": planted("part < p.operands.splits", "part + 1 < p.operands.splits", MERGE, occurrence=1),
+    "every part begins at the first step": planted("p.splits) * p.steps;", "p.splits) * 0;", TILES),
+    "blocks of a cluster mix up their statistics": planted(
+        "(kHopperBlocks - rank) * kHopperSums", "kHopperSums", TILES
+    ),
     "no fence": planted("    fence_async_proxy();\n", "", SKELETON),
     "no swizzle": planted("((number ^ line % 8) << 4)", "(number << 4)", SKELETON),
     "positions of the wrong warp": planted("16 * warp() + lane() % 16, 2 * d", "lane() % 16, 2 * d", SKELETON),
