@@ -53,6 +53,8 @@ WITHOUT_PRODUCTS = (
     *("position_attention_delta", "channel_attention_softmax", "channel_attention_dgram"),
     *("position_attention_hopper_merge", "position_attention_hopper_dvalue_merge"),
 )
+SERIALIZED = re.compile(r"wgmma\.mma_async instructions are serialized .* in the function '(\w+)'")
+"""What ptxas says, at length, where it finds no other way."""
 TYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16", None: "-"}
 
 Key = tuple[str, str, str, str]
@@ -139,7 +141,7 @@ def compile_source(source: Path, architecture: str) -> list[Row]:
 
 def rows_of(printed: str, ptx: str, told: str, nvcc: str, architecture: str) -> list[Row]:
     """From what cuobjdump -sass -res-usage prints, the PTX, which has the launch bounds, and what nvcc told."""
-    serialized = re.findall(r"wgmma.mma_async instructions are serialized .* in the function '(\w+)'", told)
+    serialized = SERIALIZED.findall(told)
     usage = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
     resources = {symbol: tuple(map(int, numbers)) for symbol, *numbers in re.findall(usage, printed)}
     limits = r"\.entry (\w+)\([^{]*?\.maxntid (\d+)[^{]*?\.minnctapersm (\d+)"

@@ -107,6 +107,16 @@ def test_bf16_instances_are_asked_for_by_name(tmp_path):
     assert cuda_compile.bf16_source(header.with_name("tile.cuh")) == ""
 
 
+def test_what_ptxas_tells_of_serialized_products_is_understood():
+    """As nvcc 13.0 prints it, on one line."""
+    told = (
+        "ptxas info    : (C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non "
+        "wgmma instructions reading accumulator registers of  a wgmma between start and end of the pipeline stage in "
+        "the function '_ZN5danet6kernelEv'\n"
+    )
+    assert cuda_compile.SERIALIZED.findall(told) == ["_ZN5danet6kernelEv"]
+
+
 FAULTY = """#include "sm80/tile.cuh"
 namespace danet {
 struct FaultyParameters { float* out; int where; };

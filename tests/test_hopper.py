@@ -146,7 +146,9 @@ def test_it_is_behind_the_backends_that_run_wherever_it_does():
 @LAYOUTS
 @HALVES
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1, 1), (2, 64, 512, 64, 64), (1, 63, 513, 129, 65), (2, 17, 40, 65, 127)], ids=str
+    "shape",
+    [(1, 1, 1, 1, 1), (2, 64, 512, 64, 64), (1, 63, 513, 129, 65), (2, 17, 40, 65, 127), (2, 24, 20, 140, 200)],
+    ids=str,
 )
 def test_edges_of_tiles(shape, dtype, layout):
     """B, D, C, M, N"""
