@@ -18,16 +18,25 @@ struct TensorMapSizes {
   int box_lines, box_length;
 };
 
-// The driver's function is looked up at run time: the library is to load where there is no driver.
-inline TensorMap tensor_map(const void* data, const TensorMapSizes& sizes, bool is_bf16) {
-  constexpr int kVersion = 12000;  // of CUDA, the first to have it
-  constexpr cuuint64_t kBytes = 2;
+// Looked up at run time: the library is to load where there is no driver.
+inline void* tensor_map_encoder() {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult status;
+#if CUDART_VERSION >= 12050
+  constexpr int kVersion = 12000;  // of CUDA, the first to have it
   check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kVersion, cudaEnableDefault, &status),
              "cuTensorMapEncodeTiled");
+#else
+  check_cuda(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status),
+             "cuTensorMapEncodeTiled");
+#endif
   if (found == nullptr) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled: it is older than CUDA 12");
-  const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  return found;
+}
+
+inline TensorMap tensor_map(const void* data, const TensorMapSizes& sizes, bool is_bf16) {
+  constexpr cuuint64_t kBytes = 2;
+  const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(tensor_map_encoder());
 
   const cuuint64_t dimensions[] = {static_cast<cuuint64_t>(sizes.length), static_cast<cuuint64_t>(sizes.lines),
                                    static_cast<cuuint64_t>(sizes.batches)};
