@@ -16,6 +16,7 @@ from benchmarks.peers import peers
 from benchmarks.shapes import POSITION_SIZES, Size
 from danet_kernels import selftest
 from danet_kernels._self_check import CASES as CHECK_CASES
+from danet_kernels.backends import BACKENDS
 
 PARTS = ("tests", "sanitizers", "speed")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -33,8 +34,8 @@ class Step:
 
 
 def steps(backend: str, *, full: bool, dry: bool) -> list[Step]:
-    groups = dry_groups() if dry else gpu_speed.plan(backend) if full else quick_groups(backend)
-    dtypes = ["fp32"] if dry else list(DTYPES)
+    dtypes = ["fp32"] if dry else dtypes_of(backend)
+    groups = dry_groups() if dry else gpu_speed.plan(backend, dtypes=dtypes) if full else quick_groups(backend)
     checks = gpu_checks.jobs([], dtypes, *([CHECK_CASES, selftest.CASES] if full else [CHECK_CASES]))
     found = [
         Step("compile", "tests", partial(gpu_steps.compile_kernels, gpu_checks.jobs(groups, dtypes))),
@@ -52,6 +53,12 @@ def steps(backend: str, *, full: bool, dry: bool) -> list[Step]:
     for group in groups:
         found.append(Step(f"race: {group}", "speed", partial(gpu_steps.race, group), 0 if dry else RACE_SECONDS))
     return [*found, Step("output errors", "speed", gpu_steps.output_errors), Step("proof", "", enter_proof, 0)]
+
+
+def dtypes_of(backend: str) -> list[str]:
+    """Names of those that the backend has kernels for."""
+    known = getattr(BACKENDS[backend], "DTYPES", tuple(DTYPES.values()))
+    return [name for name, dtype in DTYPES.items() if dtype in known]
 
 
 def _tests(backend: str, full: bool, dry: bool) -> dict[str, list[str]]:
@@ -73,7 +80,9 @@ def quick_groups(backend: str) -> list[Group]:
         left_out = {"compile-max"} if group.size in COMPILED_PEERS_AT else slow
         groups.append(replace(group, names=tuple(name for name in group.names if name not in left_out)))
     names = [name for name in peers(POSITION) if name not in slow]
-    groups += [group for group in gpu_speed.plan(backend, POSITION_SIZES[:1], ["fp32"], names) if group.op == POSITION]
+    if "fp32" in dtypes_of(backend):
+        fp32 = gpu_speed.plan(backend, POSITION_SIZES[:1], ["fp32"], names)
+        groups += [group for group in fp32 if group.op == POSITION]
     first = {(POSITION, Size(8, 9216)): 0, (POSITION, Size(1, 131072)): 2}  # what matters most, and what takes longest
     return sorted(groups, key=lambda group: first.get((group.op, group.size), 1))
 

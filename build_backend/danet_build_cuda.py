@@ -21,6 +21,7 @@ from danet_build_env import Unavailable, build_mode, fail, log, sanitizers
 ROOT = Path(__file__).resolve().parent.parent
 CUDA_LIBRARY = "_danet_cuda.so"
 DEFAULT_ARCHITECTURES = "8.0+PTX;9.0a"  # PTX of 9.0a would run on no other GPU, that of 8.0 runs on all newer ones
+HOPPER = "9.0a"
 OLDEST_ARCHITECTURE = 80
 USUAL_HOME = Path("/usr/local/cuda")
 LAUNCHERS = ("ccache", "sccache", "distcc")
@@ -148,6 +149,11 @@ def kernel_sources() -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
+def hopper_sources() -> list[str]:
+    """Kernels that compile for Hopper alone."""
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cuda" / "sm90").glob("*.cu"))
+
+
 def plan_sources() -> list[str]:
     """Plain C++, which the module `_C` has too."""
     return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cuda").glob("*.cpp"))
@@ -162,8 +168,11 @@ def ninja_lines(cuda: CudaToolchain, work: str, debug: bool, quote: Callable[[st
     - That torch is named by empty libraries, as for the CPU. libtorch_cuda.so is what has the current stream.
     - The torch-facing file goes through nvcc too, which hands it to the host compiler with CUDA's headers in its path.
     - The host compiler links: nvcc would put the libraries in an order of its own.
+    - Without Hopper among the architectures its kernels stay out, and so does what registers them.
     """
-    sources = ["csrc/ops_cuda.cpp", *kernel_sources()]
+    hopper = [name for name in cuda.architectures if name.removesuffix("+PTX") == HOPPER]
+    for_hopper = hopper_sources() if hopper else []
+    sources = ["csrc/ops_cuda.cpp", *["csrc/ops_hopper.cpp"] * bool(hopper), *kernel_sources(), *for_hopper]
     objects = [f"{work}/{source}.cuda.o" for source in sources] + [f"{work}/{source}.o" for source in plan_sources()]
     stubs = [f"{work}/stub/libtorch_cuda.so", f"{work}/stub/libtorch_cpu.so"]
     run_time = ["-lcudart_static", "-Wl,--exclude-libs,libcudart_static.a", "-ldl", "-lrt", "-lpthread"]
@@ -181,6 +190,7 @@ def ninja_lines(cuda: CudaToolchain, work: str, debug: bool, quote: Callable[[st
     for source in sources:
         headers = f"-Xcompiler -Wall,-Wextra -isystem {work}/include/torch" if source.endswith(".cpp") else ""
         lines += [f"build {work}/{source}.cuda.o: compile_cuda {source}", f"  headers = {headers}"]
+        lines += [f"  architectures = {' '.join(gencode(hopper))}"] * (source in for_hopper)
     return [
         *lines,
         f"build {work}/{CUDA_LIBRARY}: link {' '.join(objects)} | {' '.join(stubs)}",
@@ -192,7 +202,8 @@ def ninja_lines(cuda: CudaToolchain, work: str, debug: bool, quote: Callable[[st
 def source_hash() -> str:
     """Of all that the library is made from, wherever and with whatever compiler."""
     files = {path for path in (ROOT / "csrc" / "cuda").rglob("*") if path.is_file()}
-    files |= {ROOT / "csrc" / name for name in ("ops_cuda.cpp", "ops.h", "checks.h", "launch.h")}
+    names = ("ops_cuda.cpp", "ops_cuda.h", "ops_hopper.cpp", "ops.h", "checks.h", "launch.h")
+    files |= {ROOT / "csrc" / name for name in names}
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())

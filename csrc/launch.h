@@ -107,6 +107,11 @@ struct PositionSums {
 // Operands other than residual, attn and results lie in lines that begin on 16-byte boundaries (tile.cuh).
 void position_attention_forward_cuda(const PositionForward& p, const CudaCall& call);
 
+// On Hopper, for fp16 and bf16, D <= 64. Strides of batches and lines are larger than 0. `parts`: memory for the sums
+// of tiles that blocks share, as many fp32 numbers as hopper_rounds() (cuda/plan.h) has parts, times kHopperPart.
+void position_attention_forward_hopper(const PositionForward& p, float* parts, const CudaCall& call);
+void position_attention_dvalue_hopper(const PositionBackward& p, float* parts, const CudaCall& call);
+
 void position_attention_delta_cuda(const PositionBackward& p, float* delta, const CudaCall& call);  // delta [B, M]
 void position_attention_dvalue_cuda(const PositionBackward& p, const CudaCall& call);
 // The gradient of key, and with `dquery_sums`, [1, B, D, M] of zeros, what its program adds to that of query in any

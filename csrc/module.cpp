@@ -69,6 +69,10 @@ int64_t position_cuda_splits(int64_t B, int64_t L, int64_t K, int64_t D, const s
   return danet::position_splits(B, L, K, D, dtype_of(dtype), multiprocessors);
 }
 
+int64_t hopper_parts(int64_t B, int64_t C, int64_t L, int64_t K, int64_t multiprocessors) {
+  return danet::hopper_rounds(B, C, L, K, multiprocessors).parts() * danet::kHopperPart * int64_t{sizeof(float)};
+}
+
 int64_t channel_cuda_workspace(int64_t B, int64_t C, int64_t N, const std::string& dtype, bool backward,
                                int64_t multiprocessors) {
   return danet::channel_cuda_workspace(B, C, N, dtype_of(dtype), backward, multiprocessors);
@@ -89,6 +93,8 @@ PYBIND11_MODULE(_C, module) {
   const auto multiprocessors = py::arg("multiprocessors");
   module.def("position_cuda_splits", &position_cuda_splits, B, py::arg("L"), py::arg("K"), D, dtype, multiprocessors,
              "Sums that the gradient of query or key [B, D, L] is made of, by K positions of the other side.");
+  module.def("hopper_parts", &hopper_parts, B, C, py::arg("L"), py::arg("K"), multiprocessors,
+             "Bytes of the sums of tiles that blocks share.");
   module.def("channel_cuda_workspace", &channel_cuda_workspace, B, C, N, dtype, py::arg("backward"), multiprocessors);
   module.def("compiled_with", &compiled_with, "The compiler, C++ standard and optimization of this module.");
 }

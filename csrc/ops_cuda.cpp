@@ -1,4 +1,4 @@
-// The torch-facing side of the CUDA kernels: operands in lines, allocation of results and workspaces, registration.
+// The torch-facing side of the CUDA kernels: allocation of results and workspaces, registration.
 // The schemas are Python's (danet_kernels/backends/cuda.py), and so are the checks that users meet (_checks.py).
 //
 // Everything happens on the current stream, so memory may go back to torch as soon as the last kernel that needs it
@@ -9,59 +9,10 @@
 
 #include "cuda/channel_plan.h"
 #include "cuda/plan.h"
-#include "ops.h"
-#include "torch_device.h"
+#include "ops_cuda.h"
 
 namespace danet {
 namespace {
-
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
-
-constexpr int64_t kAlignment = 16;  // bytes
-
-struct Operand {
-  Tensor memory;  // kept while kernels are launched that read it
-  Input input;
-};
-
-// `t` [B, channels, positions] in lines along channels (channels_last) or positions, which begin on 16-byte boundaries:
-// as it lies if it lies so, else as a copy. Kernels never read behind the end of a line, so what is there stays
-// unwritten. Lines may overlap.
-Operand operand(const Tensor& t, bool channels_last) {
-  const int64_t line = channels_last ? 2 : 1, along = channels_last ? 1 : 2;
-  const int64_t B = t.size(0), lines = t.size(line), length = t.size(along);
-  const int64_t multiple = kAlignment / static_cast<int64_t>(t.element_size());
-  const int64_t padded = ceil_div(length, multiple) * multiple;
-  const auto input = [&](const Tensor& memory, int64_t batch_stride, int64_t line_stride) {
-    return channels_last ? Input{memory.const_data_ptr(), batch_stride, 1, line_stride}
-                         : Input{memory.const_data_ptr(), batch_stride, line_stride, 1};
-  };
-  // The stride of a dimension of size 1 is arbitrary: here it is that of a copy.
-  const int64_t line_stride = lines == 1 ? padded : t.stride(line);
-  const int64_t batch_stride = B == 1 ? lines * line_stride : t.stride(0);
-  const bool dense = length == 1 || t.stride(along) == 1;
-  const bool aligned_strides = line_stride % multiple == 0 && batch_stride % multiple == 0;
-  const bool aligned_base = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment == 0;
-  if (dense && aligned_strides && aligned_base) return {t, input(t, batch_stride, line_stride)};
-  Tensor packed = empty(t, {B, lines, padded}, t.scalar_type());
-  Tensor inside = torch::stable::narrow(packed, 2, 0, length);  // [B, lines, length]
-  if (channels_last) inside = torch::stable::transpose(inside, 1, 2);
-  torch::stable::copy_(inside, t);
-  return {packed, input(packed, lines * padded, padded)};
-}
-
-Tensor floats(const Tensor& model, Sizes sizes) { return empty(model, sizes, ScalarType::Float); }
-float* data(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-
-CudaCall cuda_call(const TensorDevice& device, const std::optional<Tensor>& gamma, bool tf32) {
-  check_gamma(gamma);
-  CudaCall call{};
-  if (gamma) call.gamma = gamma->const_data_ptr(), call.gamma_dtype = dtype_of(*gamma);
-  call.tf32 = tf32;
-  call.multiprocessors = device.multiprocessors();
-  call.stream = device.stream();
-  return call;
-}
 
 // The sum of `delta`, in gamma's shape and dtype.
 Tensor gamma_gradient(const Tensor& gamma, const Tensor& delta) {
@@ -96,7 +47,8 @@ std::tuple<Tensor, Tensor, Tensor> position_attention_forward(
   auto p = position_problem<PositionForward>(query, key, value, scale);
   const TensorDevice device(value);
   const bool channels_last = is_channels_last(value);
-  const Operand q = operand(query, channels_last), k = operand(key, channels_last), v = operand(value, channels_last);
+  const OperandLines q = operand(query, channels_last), k = operand(key, channels_last),
+                     v = operand(value, channels_last);
   p.query = q.input, p.key = k.input, p.value = v.input;
   if (residual) {
     DANET_CHECK_SHAPE("residual", *residual, p.C, p.M);
@@ -129,8 +81,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> position_attention_backward(
   const TensorDevice device(value);
   const CudaCall call = cuda_call(device, gamma, tf32);
   const bool channels_last = is_channels_last(value);
-  const Operand g = operand(dout, channels_last), q = operand(query, channels_last), k = operand(key, channels_last),
-                v = operand(value, channels_last);
+  const OperandLines g = operand(dout, channels_last), q = operand(query, channels_last),
+                     k = operand(key, channels_last), v = operand(value, channels_last);
   const Tensor contiguous_lse = torch::stable::contiguous(lse);
   p.dout = g.input, p.query = q.input, p.key = k.input, p.value = v.input;
   p.attn = elements(attn);
@@ -213,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_attention_forward(const Tensor& x,  /
     p.B = std::min(at_once, B - first);
     const Tensor some_x = images(x, first, p.B);
     Tensor some_out = images(out, first, p.B);
-    const Operand lines = operand(some_x, is_channels_last(x));
+    const OperandLines lines = operand(some_x, is_channels_last(x));
     p.x = lines.input;
     p.out = output(some_out);
     p.row_max = data(row_max) + first * p.C;
@@ -242,8 +194,8 @@ std::tuple<Tensor, Tensor> channel_attention_backward(const Tensor& dout,  // [B
     p.B = std::min(at_once, B - first);
     const Tensor some_x = images(x, first, p.B);
     Tensor some_dx = needs_x ? images(dx, first, p.B) : dx;
-    const Operand lines = operand(some_x, is_channels_last(x));
-    const Operand dout_lines = operand(images(dout, first, p.B), is_channels_last(x));
+    const OperandLines lines = operand(some_x, is_channels_last(x));
+    const OperandLines dout_lines = operand(images(dout, first, p.B), is_channels_last(x));
     p.x = lines.input, p.dout = dout_lines.input;
     if (needs_x) p.dx = output(some_dx);
     ChannelMemory memory(some_x, true, needs_x, call);

@@ -19,6 +19,7 @@ from .proven import is_subject_to_proof
 
 _PROCESSORS = 132  # multiprocessors of a GPU that is not at hand: those of an H100
 _TILE = 128  # positions, or channels, of a tile of the Triton kernels
+_HOPPER_PART = 4 * 2 * (64 * 512 + 2 * 64)  # bytes: kHopperPart in csrc/cuda/plan.h
 _LARGEST_TILE = 128 * 256 * 4  # bytes of its fp32 sums
 _ARCHITECTURE = 90  # of the same
 
@@ -140,7 +141,9 @@ def _position_items(
         items["gradients"] = B * (D * (M + N) + C * N) * size
     if backend == "triton":
         return items | _triton_position_workspace(B, C, D, M, N, size, training)
-    if backend == "cuda":
+    if backend == "hopper":
+        items["sums of the tiles that blocks share"] = _processors() // 2 * _HOPPER_PART  # at most
+    if backend in ("cuda", "hopper"):
         return items | _cuda_position_workspace(B, C, D, M, N, dtype, training)
     if backend == "native":
         arguments = B, C, D, M, N, _name(dtype), torch.get_num_threads()
@@ -163,7 +166,7 @@ def _channel_items(
         items["gradients"] = B * C * N * size
     if backend == "triton":
         return items | _triton_channel_workspace(B, C, N, size, training)
-    if backend == "cuda":
+    if backend in ("cuda", "hopper"):
         workspace = native.plans().channel_cuda_workspace(B, C, N, _name(dtype), training, _processors())
         if training:
             items["delta"] = B * C * 4  # of the whole batch, whose images go in parts

@@ -346,7 +346,9 @@ _register_autograd("channel_attention_forward", _channel_autograd, _channel_setu
 for _op in backends.OPS:
     _message = f"{_op} has no second derivative: double backward is not implemented"
     _register_autograd(f"{_op}_backward", _not_differentiable(_message), None)
-    for _kernel in (f"{_op}_{way}_{backend}" for way in ("forward", "backward") for backend in ("native", "cuda")):
+    _kernels = [f"{_op}_{way}_{backend}" for way in ("forward", "backward") for backend in ("native", "cuda")]
+    _kernels += [f"{_op}_{part}_hopper" for part in ("forward", "dvalue") if _op == "position_attention"]
+    for _kernel in _kernels:
         _message = f"{_kernel} is not implemented for autograd: call danet_kernels.{_op}"
         _register_autograd(_kernel, _not_differentiable(_message), None)
 

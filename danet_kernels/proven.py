@@ -6,7 +6,9 @@ and "auto" takes it only if
 
 - a run on a GPU of the same family has proven these very sources: an entry in proven.json; or
 - a self-check on the user's GPU passes (_self_check.py). It runs at the first call in a dtype; its verdict is kept for
-  the process, and on disk for the next ones.
+  the process, and on disk for the next ones. It does not do for a backend with ONLY_PROVEN: where blocks wait for each
+  other and copies run beside them, a small check cannot tell how kernels fare that never ran, and one that hangs takes
+  the process with it.
 
 A backend that is asked for by name is not checked. The kernels for the CPU are proven by the tests of this project.
 """
@@ -99,6 +101,8 @@ def status(backend: ModuleType, op: str, device: torch.device | str) -> str:
     entry = _entry(backend, op, device)
     if entry is not None:
         return f"proven on {family(device)}: {entry['evidence']}, {entry['date']}"
+    if _needs_record(backend):
+        return f'unproven on {family(device)}: "auto" never takes it before a run is on record'
     faults = {_name(dtype): _recall(_conditions(backend, op, device, dtype)) for dtype in DTYPES}
     passed = [name for name, fault in faults.items() if fault == ""]
     words = [f"self-check passed in {', '.join(passed)}"] if passed else []
@@ -117,6 +121,8 @@ def _settle(key: tuple[Any, ...], backend: ModuleType, op: str, device: torch.de
             return _verdicts[key]
         if is_proven(backend, op, device):
             return _verdicts.setdefault(key, [])
+        if _needs_record(backend):
+            return _verdicts.setdefault(key, [f"unproven on {family(device)}: no run on such a GPU is on record"])
         conditions = _conditions(backend, op, device, dtype)
         fault, is_new = _recall(conditions), False
         if fault is None:
@@ -161,6 +167,11 @@ def _capturing(device: torch.device) -> bool:
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
+
+
+def _needs_record(backend: ModuleType) -> bool:
+    """Whether no self-check takes the place of a run on record."""
+    return bool(vars(backend).get("ONLY_PROVEN"))
 
 
 def _checker() -> ModuleType:

@@ -5,13 +5,14 @@
     python tests/cuda_compile.py --write             and renew the table
 
 Needs nvcc and a cuobjdump, of the toolkit or of Triton, and no torch. For 8.0 and 9.0a, which the build makes, the
-files of csrc/cuda are compiled as they are and all kernels in them examined; for the others one bf16 instance of each.
-It fails on
+files of csrc/cuda are compiled as they are and all kernels in them examined, for 9.0a also those of csrc/cuda/sm90; for
+the others one bf16 instance of each. It fails on
 
 - a spill in an inner loop, more than a few outside, static shared memory, or more registers than the launch bounds
   leave;
-- a kernel with products that has none of mma.sync, cp.async and, for 16-bit operands, ldmatrix;
-- more than 24 kernels for one architecture;
+- a kernel with products that has none of mma.sync, cp.async and, for 16-bit operands, ldmatrix; a Hopper kernel that
+  has none of wgmma and multicast TMA loads, or whose wgmma the compiler has serialized, or with any spill;
+- more than 32 kernels for one architecture;
 - an entry of the table for this nvcc that has changed (registers by more than 8), is missing, or of no use any more.
 """
 
@@ -42,12 +43,18 @@ from danet_build_env import Unavailable  # noqa: E402
 
 BUILT = ("8.0", "9.0a")
 OTHERS = ("8.6", "8.9", "10.0", "12.0")
-MOST_KERNELS = 24
+HOPPER = "9.0a"
+MOST_KERNELS = 32
 REGISTERS = 65536  # of a multiprocessor
 RESERVED = 1024  # bytes of shared memory that CUDA itself takes; from 10.0 on they are counted as the kernel's
 TOLERANCE = 8  # registers
 MOST_SPILLS = 8  # outside of inner loops: of values that are kept while a tile is computed
-WITHOUT_PRODUCTS = ("position_attention_delta", "channel_attention_softmax", "channel_attention_dgram")
+WITHOUT_PRODUCTS = (
+    *("position_attention_delta", "channel_attention_softmax", "channel_attention_dgram"),
+    *("position_attention_hopper_merge", "position_attention_hopper_dvalue_merge"),
+)
+SERIALIZED = re.compile(r"wgmma\.mma_async instructions are serialized .* in the function '(\w+)'")
+"""What ptxas says, at length, where it finds no other way."""
 TYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16", None: "-"}
 
 Key = tuple[str, str, str, str]
@@ -72,6 +79,9 @@ class Row:
     mma: int  # instructions that multiply tiles
     ldmatrix: int
     cp_async: int
+    wgmma: int
+    multicast: int  # TMA loads that go to all blocks of a cluster
+    serialized: int  # whether the compiler makes each wgmma wait for the one before
 
     @property
     def key(self) -> Key:
@@ -122,15 +132,16 @@ def compile_source(source: Path, architecture: str) -> list[Row]:
         cubin = Path(directory, "code.cubin")
         command = [build.find_nvcc(), "-O3", *build.FLAGS.split(), f"-gencode=arch=compute_{number},code=sm_{number}"]
         command += ["-keep", "-keep-dir", directory, "-cubin", str(source), "-o", str(cubin)]
-        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr
         ptx = next(Path(directory).glob("*.ptx")).read_text(encoding="utf-8")
         command = [find_cuobjdump(), "-sass", "-res-usage", str(cubin)]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return rows_of(printed, ptx, nvcc_release(), architecture)
+    return rows_of(printed, ptx, told, nvcc_release(), architecture)
 
 
-def rows_of(printed: str, ptx: str, nvcc: str, architecture: str) -> list[Row]:
-    """From what cuobjdump -sass -res-usage prints, and the PTX, which has the launch bounds."""
+def rows_of(printed: str, ptx: str, told: str, nvcc: str, architecture: str) -> list[Row]:
+    """From what cuobjdump -sass -res-usage prints, the PTX, which has the launch bounds, and what nvcc told."""
+    serialized = SERIALIZED.findall(told)
     usage = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
     resources = {symbol: tuple(map(int, numbers)) for symbol, *numbers in re.findall(usage, printed)}
     limits = r"\.entry (\w+)\([^{]*?\.maxntid (\d+)[^{]*?\.minnctapersm (\d+)"
@@ -153,21 +164,24 @@ def rows_of(printed: str, ptx: str, nvcc: str, architecture: str) -> list[Row]:
                 *resources[symbol],
                 *spills(code),
                 *counts(code),
+                int(symbol in serialized),
             )
         )
     return rows
 
 
-def counts(code: Iterable[Instruction]) -> tuple[int, int, int]:
-    """How many instructions there are of mma.sync, ldmatrix and cp.async."""
+def counts(code: Sequence[Instruction]) -> tuple[int, int, int, int, int]:
+    """How many instructions there are of mma.sync, ldmatrix, cp.async, wgmma and multicast TMA loads."""
     names = Counter(re.split(r"[. ]", instruction.text)[0] for instruction in code)
-    return names["HMMA"], names["LDSM"], names["LDGSTS"]
+    multicast = sum(bool(re.match(r"UTMALDG\S*\.MULTICAST", instruction.text)) for instruction in code)
+    return names["HMMA"], names["LDSM"], names["LDGSTS"], names["HGMMA"], multicast
 
 
 def complaints(row: Row) -> list[str]:
     """What must not be, whatever the table says."""
     found = []
-    if row.inner_spills or row.spills > MOST_SPILLS:
+    is_hopper = "hopper" in row.kernel
+    if row.inner_spills or row.spills > (0 if is_hopper else MOST_SPILLS):
         found.append(f"{row.spills} spills, {row.inner_spills} of them in inner loops, and {row.stack} bytes of stack")
     if row.shared > RESERVED:
         found.append(f"{row.shared - RESERVED} bytes of static shared memory, all of it is to come with the launch")
@@ -175,9 +189,14 @@ def complaints(row: Row) -> list[str]:
     allocated = 256 * -(-32 * row.registers // 256)  # of a warp
     if warps * allocated > REGISTERS:
         found.append(f"{row.registers} registers, too many for {row.blocks} blocks of {row.threads} threads")
+    if row.serialized:
+        found.append("serialized wgmma")
     if row.kernel not in WITHOUT_PRODUCTS:
-        needed = {"mma.sync": row.mma, "cp.async": row.cp_async}
-        needed |= {} if row.dtype == "fp32" else {"ldmatrix": row.ldmatrix}
+        if is_hopper:
+            needed = {"wgmma": row.wgmma, "multicast TMA load": row.multicast}
+        else:
+            needed = {"mma.sync": row.mma, "cp.async": row.cp_async}
+            needed |= {} if row.dtype == "fp32" else {"ldmatrix": row.ldmatrix}
         found += [f"no {name}" for name, count in needed.items() if not count]
     return found
 
@@ -232,9 +251,10 @@ def tasks(architectures: Iterable[str], only: str, directory: Path) -> list[tupl
     listed = []
     for architecture in architectures:
         if architecture in BUILT:
-            listed += [(ROOT / source, architecture) for source in build.kernel_sources()]
+            sources = build.kernel_sources() + (build.hopper_sources() if architecture == HOPPER else [])
+            listed += [(ROOT / source, architecture) for source in sources]
         else:
-            for header in sorted((ROOT / "csrc" / "cuda").glob("sm*/*.cuh")):
+            for header in sorted((ROOT / "csrc" / "cuda").glob("sm80/*.cuh")):
                 source = directory / f"{header.stem}.cu"
                 source.write_text(bf16_source(header), encoding="utf-8")
                 if only in source.read_text(encoding="utf-8") and source.stat().st_size:

@@ -23,7 +23,14 @@ SHIM = ROOT / "tests" / "cuda_host"
 CACHE = ROOT / "build" / "cuda_host"
 FLAGS = ("-std=c++20", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 TORCH = Path(torch.__file__).resolve().parent
-LAUNCHERS = ("cuda/position_attention.cu", "cuda/channel_attention.cu", "cuda/plan.cpp", "cuda/channel_plan.cpp")
+LAUNCHERS = (
+    "cuda/position_attention.cu",
+    "cuda/channel_attention.cu",
+    "cuda/sm90/position_attention.cu",
+    "cuda/plan.cpp",
+    "cuda/channel_plan.cpp",
+)
+MACHINE = ("machine.cpp", "hopper.cpp")
 THREAD_SANITIZER = "-fsanitize=thread"
 
 
@@ -44,17 +51,37 @@ def missing() -> str | None:
 def library() -> Path:
     """The library that registers the CUDA operators for CPU tensors."""
     flags = ("-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", *_sanitizer_flags())
-    sources = [ROOT / "csrc" / name for name in ("ops_cuda.cpp", *LAUNCHERS)] + [SHIM / "machine.cpp"]
+    sources = [ROOT / "csrc" / name for name in ("ops_cuda.cpp", "ops_hopper.cpp", *LAUNCHERS)]
+    sources += [SHIM / name for name in MACHINE]
     return _link(
         "_danet_cuda_host.so", _objects(sources, flags), ("-shared", f"-L{TORCH / 'lib'}", "-ltorch_cpu", *flags)
     )
 
 
-def executable(*patches: Patch, flags: Sequence[str] = (), directory: Path | None = None) -> Path:
-    """tests/cuda_host/main.cpp with kernels that have been patched, in copies below `directory`."""
+PROGRAMS = {
+    "main": ("main.cpp", *MACHINE),
+    "hopper_main": ("hopper_main.cpp", *MACHINE),
+    "schedule": ("schedule.cpp",),
+}
+"""Of tests/cuda_host; below, what they need of csrc."""
+KERNELS = {
+    "main": [name for name in LAUNCHERS if "sm90" not in name],
+    "hopper_main": [name for name in LAUNCHERS if "sm90" in name or name == "cuda/plan.cpp"],
+    "schedule": [],
+}
+
+
+def executable(
+    *patches: Patch, flags: Sequence[str] = (), directory: Path | None = None, program: str = "main"
+) -> Path:
+    """A program of tests/cuda_host with kernels that have been patched, in copies below `directory`."""
     csrc = _patched(patches, directory) if directory else ROOT / "csrc"
-    sources = [csrc / name for name in LAUNCHERS] + [SHIM / "main.cpp", SHIM / "machine.cpp"]
-    return _link("main", _objects(sources, flags if "-O0" in flags else ("-O1", *flags), csrc), tuple(flags))
+    flags = flags if "-O0" in flags else ("-O1", *flags)
+    objects = _objects([csrc / name for name in KERNELS[program]], flags, csrc)
+    if objects:  # then the rest has seen no patch, and is compiled once for all of them
+        flags, csrc = ["-O1" if flag == "-O0" else flag for flag in flags], ROOT / "csrc"
+    objects += _objects([SHIM / name for name in PROGRAMS[program]], flags, csrc)
+    return _link(program, objects, tuple(flags))
 
 
 def _sanitizer_flags() -> tuple[str, ...]:
@@ -83,7 +110,7 @@ def _objects(sources: Sequence[Path], flags: Sequence[str], csrc: Path = ROOT / 
 
 
 def _compile(source: Path, flags: Sequence[str], csrc: Path) -> Path:
-    if source.name == "machine.cpp" and THREAD_SANITIZER in flags:  # sanitizers.h says why
+    if source.name in MACHINE and THREAD_SANITIZER in flags:  # sanitizers.h says why
         flags = [*(flag for flag in flags if flag != THREAD_SANITIZER), "-DDANET_THREAD_SANITIZER"]
     includes = [f"-I{path}" for path in (SHIM, csrc, csrc / "cuda")] + ["-isystem", str(TORCH / "include")]
     command = ["g++", *FLAGS, *flags, *includes, "-x", "c++"]

@@ -50,7 +50,7 @@ def test_auto_takes_the_first_that_can_run(ran, monkeypatch):
 
 
 def test_the_order_of_the_backends():
-    assert list(available_backends("position_attention")) == ["native", "triton", "cuda", "eager"]
+    assert list(available_backends("position_attention")) == ["native", "triton", "cuda", "hopper", "eager"]
 
 
 def test_argument_beats_context_beats_environment(ran, monkeypatch):

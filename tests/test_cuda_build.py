@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -179,8 +180,19 @@ def test_the_ninja_file_has_the_cuda_library_only_with_nvcc(machine, tmp_path):
     (link,) = re.findall(r"^build build/here/_danet_cuda.so: link .*\n.*\n", text, re.M)
     for source in (*sources, "csrc/cuda/plan.cpp", "csrc/cuda/channel_plan.cpp"):
         assert source in link
+    for source in build.hopper_sources():
+        assert f"compile_cuda {source}\n  headers = \n  architectures = {' '.join(build.gencode(['9.0a']))}\n" in text
+        assert source in link
+    assert "csrc/ops_hopper.cpp" in link
     assert "-ltorch_cuda" in link
     assert "--exclude-libs,libcudart_static.a" in link
+
+
+def test_the_hopper_kernels_are_left_out_where_hopper_is(machine, tmp_path):
+    toolchain, cuda = toolchains(tmp_path)
+    text = native.ninja_text(toolchain, replace(cuda, architectures=("8.0+PTX", "8.6")), "build/here")
+    assert "sm90" not in text
+    assert "hopper" not in text
 
 
 def test_the_build_info_records_the_cuda_library(machine, tmp_path):

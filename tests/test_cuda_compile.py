@@ -10,7 +10,8 @@ import cuda_compile
 import pytest
 from cuda_compile import Row
 
-ROW = Row("13.0", "8.0", "position_attention_forward", "bf16", 128, 2, 250, 0, 0, 0, 0, 384, 112, 10)
+ROW = Row("13.0", "8.0", "position_attention_forward", "bf16", 128, 2, 250, 0, 0, 0, 0, 384, 112, 10, 0, 0, 0)
+HOPPER = Row("13.0", "9.0a", "position_attention_hopper_forward", "bf16", 384, 1, 168, 0, 0, 0, 0, 0, 8, 0, 32, 26, 0)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,23 @@ def test_complaints(change, complaint):
     assert any(complaint in text for text in found) if complaint else not found
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({}, None),
+        ({"spills": 1, "stack": 8}, "1 spills, 0 of them in inner loops"),
+        ({"wgmma": 0}, "no wgmma"),
+        ({"multicast": 0}, "no multicast TMA load"),
+        ({"serialized": 1}, "serialized wgmma"),
+        ({"registers": 176}, "176 registers, too many for 1 blocks of 384 threads"),
+    ],
+)
+def test_complaints_about_hopper_kernels(change, complaint):
+    found = cuda_compile.complaints(replace(HOPPER, **change))
+    assert len(found) == (complaint is not None)
+    assert complaint is None or complaint in found[0]
+
+
 def test_the_table_comes_back_as_written(tmp_path):
     rows = [replace(ROW, architecture=name, dtype=dtype) for name in ("12.0", "8.0") for dtype in ("fp32", "bf16")]
     cuda_compile.write(tmp_path / "table.tsv", rows)
@@ -54,16 +72,18 @@ def test_what_differs_from_the_table_is_said():
     assert cuda_compile.differences(known, [], [ROW.key]) == [f"{name}: in the table, but no kernel any more"]
 
 
-def kernels_in_sources() -> set[tuple[str, bool]]:
+def kernels_of(folder: str) -> set[tuple[str, bool]]:
     """Their names, and whether they are made for each dtype."""
-    text = "\n".join(path.read_text() for path in sorted((cuda_compile.ROOT / "csrc" / "cuda").rglob("*.cuh")))
-    found = re.findall(r"(template <class T>\n)?DANET_KERNEL\([^)]*\)\s+(\w+)_kernel\(", text)
+    text = "\n".join(path.read_text() for path in sorted((cuda_compile.ROOT / "csrc" / "cuda" / folder).glob("*.cuh")))
+    found = re.findall(r"(template <class T>\n)?DANET_(?:CLUSTER_)?KERNEL\([^)]*\)\s+(\w+)_kernel\(", text)
     return {(name, bool(template)) for template, name in found}
 
 
 def test_the_committed_table_has_every_kernel_and_no_other():
-    kernels = kernels_in_sources()
+    kernels = kernels_of("sm80")
     assert len(kernels) > 5
+    hopper = {(name, dtype) for name, _ in kernels_of("sm90") for dtype in ("bf16", "fp16")}
+    assert len(hopper) > 5
     all_dtypes = {(name, dtype) for name, each in kernels for dtype in (("fp32", "bf16", "fp16") if each else ("-",))}
     bf16 = {(name, dtype) for name, dtype in all_dtypes if dtype in ("bf16", "-")}
     table = cuda_compile.read(cuda_compile.TABLE)
@@ -71,7 +91,8 @@ def test_the_committed_table_has_every_kernel_and_no_other():
     for release in {key[0] for key in table}:
         for architectures, expected in ((cuda_compile.BUILT, all_dtypes), (cuda_compile.OTHERS, bf16)):
             for architecture in architectures:
-                assert {key[2:] for key in table if key[:2] == (release, architecture)} == expected
+                more = hopper if architecture == cuda_compile.HOPPER else set()
+                assert {key[2:] for key in table if key[:2] == (release, architecture)} == expected | more
     assert max(Counter(key[:2] for key in table).values()) <= cuda_compile.MOST_KERNELS
     assert [complaint for row in table.values() for complaint in cuda_compile.complaints(row)] == []
 
@@ -84,6 +105,16 @@ def test_bf16_instances_are_asked_for_by_name(tmp_path):
         "danet::PositionDeltaParameters<danet::BFloat16>);",
     ]
     assert cuda_compile.bf16_source(header.with_name("tile.cuh")) == ""
+
+
+def test_what_ptxas_tells_of_serialized_products_is_understood():
+    """As nvcc 13.0 prints it, on one line."""
+    told = (
+        "ptxas info    : (C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non "
+        "wgmma instructions reading accumulator registers of  a wgmma between start and end of the pipeline stage in "
+        "the function '_ZN5danet6kernelEv'\n"
+    )
+    assert cuda_compile.SERIALIZED.findall(told) == ["_ZN5danet6kernelEv"]
 
 
 FAULTY = """#include "sm80/tile.cuh"

@@ -25,10 +25,12 @@ HAS_GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no NVIDIA GPU is visible")]
 
 
-@pytest.fixture(params=["triton", "cuda"])
+@pytest.fixture(params=["triton", "cuda", "hopper"])
 def backend(request) -> str:
     """Those whose kernels are for GPUs."""
-    reasons = available_backends("position_attention", torch.empty(1, 16, 1, device="cuda"))[request.param]
+    problem = request.node.callspec.params.get("problem")
+    dtype = torch.bfloat16 if problem is None else problem.dout.dtype
+    reasons = available_backends("position_attention", torch.empty(1, 16, 1, dtype=dtype, device="cuda"))[request.param]
     if reasons:
         pytest.skip(f"backend {request.param}: {'; '.join(reasons)}")
     return request.param

@@ -235,6 +235,13 @@ def test_the_full_race_has_every_size_dtype_and_peer():
     ]
 
 
+def test_a_backend_is_not_asked_for_dtypes_that_it_has_no_kernels_for():
+    assert gpu_plan.dtypes_of("cuda") == ["fp32", "bf16", "fp16"]
+    assert gpu_plan.dtypes_of("hopper") == ["bf16", "fp16"]
+    assert {group.dtype for group in gpu_plan.quick_groups("hopper")} == {"bf16"}
+    assert gpu_plan.steps("hopper", full=True, dry=False)
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["quick", "full"])
 def test_steps_have_names_of_their_own_and_the_proof_is_last(full):
     steps = gpu_plan.steps("triton", full=full, dry=False)

@@ -28,6 +28,7 @@ native_only = pytest.mark.skipif(
     bool(reasons := available_backends("position_attention")["native"]), reason="; ".join(reasons)
 )
 CUDA = pytest.param("cuda", marks=native_only)  # whose plans are in the extension for the CPU
+HOPPER = pytest.param("hopper", marks=native_only)
 
 
 # ---- one measured call; these run in a process of their own
@@ -242,7 +243,7 @@ def test_auto_on_a_gpu_takes_the_triton_kernels_where_there_are_some():
     assert chosen("channel_attention", torch.float32, backend="eager") == "eager"
 
 
-@pytest.mark.parametrize("backend", ["triton", CUDA])
+@pytest.mark.parametrize("backend", ["triton", CUDA, HOPPER])
 def test_training_on_a_gpu_meets_its_budget(backend):
     """At 32768 positions in bf16, where the eager form needs 6 GiB."""
     estimate = partial(memory_estimate, "position_attention", dtype=torch.bfloat16, training=True, backend=backend)
@@ -254,7 +255,7 @@ def test_training_on_a_gpu_meets_its_budget(backend):
     assert odd.items["packed copies"] == 2 * 32768 * (64 + 64 + 512 + 512)
 
 
-@pytest.mark.parametrize("backend", ["triton", CUDA])
+@pytest.mark.parametrize("backend", ["triton", CUDA, HOPPER])
 def test_the_workspace_on_a_gpu_is_bounded(backend):
     def workspace(op: str, batch: int, positions: int) -> int:
         results = ("out", "lse", "attn", "gradients", "row statistics", "delta", "fp32 sums of dquery")

@@ -24,4 +24,17 @@ int64_t position_splits(int64_t B, int64_t L, int64_t K, int64_t D, Dtype dtype,
   return ceil_div(K, length);
 }
 
+HopperRounds hopper_rounds(int64_t B, int64_t C, int64_t L, int64_t K, int64_t multiprocessors) {
+  const int64_t tiles = ceil_div(L, kHopperBlocks * kHopperRows) * ceil_div(C, kHopperChannels) * B;
+  const int64_t at_once = std::max<int64_t>(multiprocessors / kHopperBlocks, 1), steps = ceil_div(K, kHopperColumns);
+  HopperRounds rounds;
+  rounds.steps = steps;
+  rounds.whole = tiles / at_once * at_once;
+  rounds.shared = tiles - rounds.whole;
+  if (rounds.shared == 0) return rounds;
+  rounds.steps = ceil_div(steps, std::min(at_once / rounds.shared, steps));
+  rounds.splits = ceil_div(steps, rounds.steps);
+  return rounds;
+}
+
 }  // namespace danet

@@ -11,7 +11,7 @@ one contract, so that autograd is written once (ops.py) and any backend can run 
 `needs` is one bool per gradient; a gradient that is not needed comes back as an empty tensor, and so does attn.
 
 A backend whose kernels are compiled for the user's GPU also has `source_hash(op)`: "auto" takes it only where these
-kernels are proven (proven.py).
+kernels are proven (proven.py); and with ONLY_PROVEN, only where a run on hardware has proven them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,17 @@ import torch
 from torch import Tensor
 
 from .. import proven
-from . import cuda, eager, native, triton
+from . import cuda, eager, hopper, native, triton
 
-BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "cuda": cuda, "eager": eager}
-"""By name, in the order in which "auto" tries them."""
+BACKENDS: dict[str, ModuleType] = {
+    "native": native,
+    "triton": triton,
+    "cuda": cuda,
+    "hopper": hopper,
+    "eager": eager,
+}
+"""By name, in the order in which "auto" tries them. A record proves that kernels are right, not that they are fast: so
+"hopper" is behind those that run wherever it does, and is taken by those who ask for it."""
 
 OPS = ("position_attention", "channel_attention")
 

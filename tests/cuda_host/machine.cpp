@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "fiber_switch.h"
+#include "hopper.h"
 #include "sanitizers.h"
 
 namespace danet::cuda_host {
@@ -26,13 +27,9 @@ std::atomic<unsigned>& seed() {
   return value;
 }
 
-// When copies land, by seed.
-enum class Landing { kLate, kAtOnce, kAnyTime };
-Landing landing(unsigned seed) { return static_cast<Landing>(seed % 3); }
-
 }  // namespace
 
-enum class State { kReady, kAtCollective, kAtBarrier, kDone };
+enum class State { kReady, kAtCollective, kAtBarrier, kWaiting, kDone };
 
 struct Machine::Fiber {
   char* stack = nullptr;
@@ -41,6 +38,8 @@ struct Machine::Fiber {
   void* tsan_fiber = nullptr;
   State state = State::kDone;
   const void* arguments = nullptr;  // of the collective that it waits at
+  const char* name = nullptr;       // of what it waits for, until `condition` holds
+  const std::function<bool()>* condition = nullptr;
   std::vector<Copy> copies;         // begun since none was under way, oldest first
   size_t landed = 0;                // how many of them have landed
   std::vector<size_t> groups;       // how many had begun when each group was committed
@@ -66,38 +65,49 @@ Machine::~Machine() {
   for (Fiber& fiber : fibers_) std::free(fiber.stack);
 }
 
-void Machine::run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
-  if (shared_bytes > kLargestSharedMemory) {
-    throw std::runtime_error("cuda_host: expected at most " + std::to_string(kLargestSharedMemory) +
-                             " bytes of shared memory, got " + std::to_string(shared_bytes));
+Landing Machine::landing() const { return static_cast<Landing>(seed_ % 3); }
+
+void Machine::run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel, int cluster) {
+  const int most = cluster == 0 ? kLargestSharedMemory : kLargestSharedMemoryOfHopper;
+  if (shared_bytes > most) {
+    throw std::runtime_error("cuda_host: expected at most " + std::to_string(most) + " bytes of shared memory, got " +
+                             std::to_string(shared_bytes));
   }
   if (threads % kLanes != 0) {
     throw std::runtime_error("cuda_host: expected whole warps, got " + std::to_string(threads) + " threads");
   }
+  if (cluster != 0 && blocks % cluster != 0) {
+    throw std::runtime_error("cuda_host: expected whole clusters of " + std::to_string(cluster) + ", got " +
+                             std::to_string(blocks) + " blocks");
+  }
   kernel_ = &kernel;
   threads_ = threads;
+  const int together = std::max(cluster, 1);
+  shared_.assign(static_cast<size_t>(together), nullptr);
   shared_bytes_ = shared_bytes;
   failure_.clear();
   seed_ = seed();
   random_.seed(seed_);
-  while (static_cast<int>(fibers_.size()) < threads) {
+  while (static_cast<int>(fibers_.size()) < together * threads) {
     fibers_.emplace_back();
     fibers_.back().copies.reserve(kMostCopies);
     fibers_.back().groups.reserve(kMostCopies);
     if (!kFindsRaces) fibers_.back().stack = static_cast<char*>(std::malloc(kStackBytes));
   }
-  warps_.assign(static_cast<size_t>(threads / kLanes), {});
+  warps_.assign(static_cast<size_t>(together * threads / kLanes), {});
   scheduler_tsan_fiber_ = current_fiber();
   release(&begin_);
 
-  std::vector<int64_t> order(static_cast<size_t>(blocks));
+  std::vector<int64_t> order(static_cast<size_t>(blocks / together));
   std::iota(order.begin(), order.end(), 0);
   if (seed_ != 0) std::shuffle(order.begin(), order.end(), random_);
-  for (const int64_t block : order) {
-    block_ = block;
-    run_block();
+  for (const int64_t number : order) {
+    first_block_ = number * together;
+    if (cluster != 0) hopper_ = std::make_unique<Hopper>(*this);
+    run_cluster();
     if (!failure_.empty()) break;
   }
+  hopper_.reset();
 
   // Only now: what one block does is not ordered before what the next one does.
   acquire(&end_);
@@ -106,18 +116,20 @@ void Machine::run(int64_t blocks, int threads, int shared_bytes, const std::func
   if (!failure_.empty()) throw std::runtime_error(failure_);
 }
 
-void Machine::run_block() {
+void Machine::run_cluster() {
   // Aligned to 128 bytes and no more, and of the exact size, so that AddressSanitizer sees the first byte behind it.
-  char* memory = nullptr;
-  if (posix_memalign(reinterpret_cast<void**>(&memory), 128, static_cast<size_t>(std::max(shared_bytes_, 1))) != 0) {
-    throw std::bad_alloc();
+  constexpr size_t kAlignment = 128, kUnaligned = 1024;
+  for (char*& shared : shared_) {
+    char* memory = nullptr;
+    const size_t bytes = kAlignment + static_cast<size_t>(shared_bytes_);
+    if (posix_memalign(reinterpret_cast<void**>(&memory), kUnaligned, bytes) != 0) throw std::bad_alloc();
+    memories_.push_back(memory);
+    shared = memory + kAlignment;
+    std::memset(shared, 0xff, static_cast<size_t>(shared_bytes_));  // NaN in every floating type
   }
-  memories_.push_back(memory);
-  shared_ = memory;
-  std::memset(shared_, 0xff, static_cast<size_t>(shared_bytes_));  // NaN in every floating type
   for (Warp& warp : warps_) warp = {};
-  for (int thread = 0; thread < threads_; ++thread) start(fibers_[static_cast<size_t>(thread)]);
-  running_ = threads_;
+  running_ = static_cast<int>(shared_.size()) * threads_;
+  for (int thread = 0; thread < running_; ++thread) start(fibers_[static_cast<size_t>(thread)]);
 
   std::vector<int> order(warps_.size());
   std::iota(order.begin(), order.end(), 0);
@@ -132,6 +144,7 @@ void Machine::run_block() {
       }
     }
     progress |= open_barrier();
+    if (hopper_ != nullptr) progress |= hopper_->go_on(!progress);
     if (!progress && failure_.empty() && running_ > 0) explain_deadlock();
   }
 }
@@ -143,7 +156,7 @@ bool Machine::run_warp(int warp) {
   if (seed_ != 0) std::shuffle(lanes, lanes + kLanes, random_);
   bool ran = false;
   for (const int thread : lanes) {
-    if (fibers_[static_cast<size_t>(thread)].state != State::kReady) continue;
+    if (!is_ready(fibers_[static_cast<size_t>(thread)])) continue;
     resume(thread);
     ran = true;
     if (!failure_.empty()) return true;
@@ -153,6 +166,10 @@ bool Machine::run_warp(int warp) {
     return true;
   }
   return ran;
+}
+
+bool Machine::is_ready(const Fiber& fiber) const {
+  return fiber.state == State::kReady || (fiber.state == State::kWaiting && (*fiber.condition)());
 }
 
 void Machine::run_collective(int warp) {
@@ -183,11 +200,16 @@ bool Machine::open_barrier() {
 }
 
 void Machine::explain_deadlock() {
-  for (thread_ = 0; thread_ < threads_; ++thread_) {
+  const int threads = static_cast<int>(shared_.size()) * threads_;
+  for (thread_ = 0; thread_ < threads; ++thread_) {
     if (fibers_[static_cast<size_t>(thread_)].state != State::kAtCollective) continue;
     const Warp& warp = warps_[static_cast<size_t>(thread_ / kLanes)];
     return note(std::string("waits at ") + warp.name + " for " + std::to_string(kLanes - warp.arrived) +
                 " lanes of its warp that do not come");
+  }
+  for (thread_ = 0; thread_ < threads; ++thread_) {
+    const Fiber& fiber = fibers_[static_cast<size_t>(thread_)];
+    if (fiber.state == State::kWaiting) return note(std::string("waits for ") + fiber.name + " that never comes");
   }
 }
 
@@ -225,6 +247,7 @@ void Machine::enter() {
 void Machine::resume(int thread) {
   thread_ = thread;
   Fiber& fiber = fibers_[static_cast<size_t>(thread)];
+  fiber.state = State::kReady;
   switch_fiber(fiber.tsan_fiber);
   leave_stack(&scheduler_fake_stack_, fiber.stack, kStackBytes);
   danet_switch_stack(&scheduler_, fiber.stack_pointer);
@@ -233,7 +256,7 @@ void Machine::resume(int thread) {
 
 void Machine::suspend() {
   Fiber& fiber = fibers_[static_cast<size_t>(thread_)];
-  if (fiber.state != State::kDone && landing(seed_) == Landing::kAnyTime) {
+  if (fiber.state != State::kDone && landing() == Landing::kAnyTime) {
     land(fiber, fiber.landed + random_() % (fiber.copies.size() - fiber.landed + 1));
   }
   switch_fiber(scheduler_tsan_fiber_);
@@ -249,6 +272,14 @@ void Machine::barrier() {
   fibers_[static_cast<size_t>(thread_)].state = State::kAtBarrier;
   suspend();
   acquire(event);
+}
+
+void Machine::wait_until(const char* name, const std::function<bool()>& condition) {
+  Fiber& fiber = fibers_[static_cast<size_t>(thread_)];
+  fiber.name = name;
+  fiber.condition = &condition;
+  fiber.state = State::kWaiting;
+  suspend();
 }
 
 void Machine::collective(const char* name, Collective function, const void* arguments) {
@@ -270,7 +301,7 @@ void Machine::begin_copy(const Copy& copy) {
   check_aligned("cp.async", copy.to, 16);
   check_aligned("cp.async", copy.from, 16);
   if (copy.bytes < 0 || copy.bytes > 16) fail("copies " + std::to_string(copy.bytes) + " bytes of 16");
-  if (copy.to < shared_ || copy.to + 16 > shared_ + shared_bytes_) fail("copies to outside of shared memory");
+  if (copy.to < shared() || copy.to + 16 > shared() + shared_bytes_) fail("copies to outside of shared memory");
   Fiber& fiber = fibers_[static_cast<size_t>(thread_)];
   if (fiber.landed == fiber.copies.size() && fiber.groups.empty()) {
     fiber.copies.clear();
@@ -278,7 +309,7 @@ void Machine::begin_copy(const Copy& copy) {
   }
   if (fiber.copies.size() == kMostCopies) fail("has more than " + std::to_string(kMostCopies) + " copies under way");
   fiber.copies.push_back(copy);
-  if (landing(seed_) == Landing::kAtOnce) land(fiber, fiber.copies.size());
+  if (landing() == Landing::kAtOnce) land(fiber, fiber.copies.size());
 }
 
 void Machine::commit_copies() {
@@ -306,7 +337,7 @@ void Machine::check_aligned(const char* name, const void* address, size_t alignm
 
 void Machine::note(const std::string& what) {
   if (failure_.empty()) {
-    failure_ = "cuda_host: block " + std::to_string(block_) + ", thread " + std::to_string(thread_) + " " + what;
+    failure_ = "cuda_host: block " + std::to_string(block()) + ", thread " + std::to_string(thread()) + " " + what;
   }
 }
 

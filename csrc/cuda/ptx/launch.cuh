@@ -31,4 +31,11 @@ void launch(void (*kernel)(Parameters), int64_t blocks, int threads, int shared_
   check_cuda(cudaGetLastError(), "kernel launch");
 }
 
+// The same for a kernel with clusters of `cluster` blocks, a number that it has itself been compiled with.
+template <class Parameters>
+void launch_clusters(void (*kernel)(Parameters), int64_t blocks, int /*cluster*/, int threads, int shared_bytes,
+                     const Parameters& parameters, void* stream) {
+  launch(kernel, blocks, threads, shared_bytes, parameters, stream);
+}
+
 }  // namespace danet
