@@ -50,6 +50,10 @@ SCHEMAS = {
     "bool official, bool residual, bool needs_x, bool needs_gamma, bool tf32) -> (Tensor dx, Tensor dgamma)",
     "position_attention_forward_hopper": "(Tensor query, Tensor key, Tensor value, Tensor? residual, Tensor? gamma, "
     "float scale, bool needs_attn) -> (Tensor out, Tensor attn, Tensor lse)",
+    "channel_attention_forward_hopper": "(Tensor x, Tensor? gamma, bool official, bool residual) "
+    "-> (Tensor out, Tensor row_max, Tensor row_sum)",
+    "channel_attention_backward_hopper": "(Tensor dout, Tensor x, Tensor? gamma, Tensor row_max, Tensor row_sum, "
+    "bool official, bool residual, bool needs_x, bool needs_gamma) -> (Tensor dx, Tensor dgamma)",
 }
 
 
