@@ -100,17 +100,31 @@ void channel_attention_softmax_cuda(const ChannelForward& p, const ChannelWorksp
 }
 
 void channel_attention_softmax_cuda(const ChannelBackward& p, const ChannelWorkspace& w, const CudaCall& call) {
-  const ChannelSoftmaxParameters softmax{w.partial,   w.logits, w.row_max,
-                                         w.row_sum,   w.dweights, w.delta,
-                                         static_cast<int>(p.C), static_cast<int>(w.splits), p.sign < 0};
+  const ChannelSoftmaxParameters softmax{w.partial,
+                                         w.logits,
+                                         w.row_max,
+                                         w.row_sum,
+                                         w.dweights,
+                                         w.delta,
+                                         static_cast<int>(p.C),
+                                         static_cast<int>(w.splits),
+                                         p.sign < 0};
   launch(channel_attention_softmax_kernel, row_blocks(p.B, p.C), kChannelRowThreads, RowsSharedMemory::kBytes, softmax,
          call.stream);
 }
 
 void channel_attention_dgram_cuda(const ChannelBackward& p, const ChannelWorkspace& w, const CudaCall& call) {
-  const ChannelDgramParameters dgram{w.logits,  w.dweights, w.row_max, w.row_sum, w.delta,
+  const ChannelDgramParameters dgram{w.logits,
+                                     w.dweights,
+                                     w.row_max,
+                                     w.row_sum,
+                                     w.delta,
                                      {call.gamma, call.gamma_dtype},
-                                     w.dgram,   p.dtype,    w.magnify, static_cast<int>(p.C), p.sign < 0};
+                                     w.dgram,
+                                     p.dtype,
+                                     w.magnify,
+                                     static_cast<int>(p.C),
+                                     p.sign < 0};
   launch(channel_attention_dgram_kernel, row_blocks(p.B, p.C), kChannelRowThreads, RowsSharedMemory::kBytes, dgram,
          call.stream);
 }

@@ -5,11 +5,11 @@
 //     channel_schedule channels FORMED_STEPS STORED_STEPS
 //
 // A block has three agents: the loader and two warpgroups that multiply. What they do is written down by running the
-// schedule. Then all states that can be reached are visited: how far each agent is, what is in every slot and what is on
-// its way there, and the barriers, which end a phase when all arrivals and bytes have come, and of which a wait sees
+// schedule. Then all states that can be reached are visited: how far each agent is, what is in every slot and what is
+// on its way there, and the barriers, which end a phase when all arrivals and bytes have come, and of which a wait sees
 // nothing but the parity. A copy lands at any time after its load; a product reads its slot at any time between its
-// beginning and the wait for it, so the slot must hold the right piece all that while. Exit status 0: no state is wrong;
-// 1: the sentence says what is.
+// beginning and the wait for it, so the slot must hold the right piece all that while. Exit status 0: no state is
+// wrong; 1: the sentence says what is.
 //
 // One arrival stands for those of the warps of a warpgroup. A sum over positions starts afresh after five steps here.
 #include <array>
@@ -223,7 +223,7 @@ class Search {
         break;
       case Kind::kBegin:
         if (state.held[s] != action->number) {
-          fail("piece " + std::to_string(action->number) + " is not there when it is to be multiplied, in", slot, state);
+          fail("piece " + std::to_string(action->number) + " is to be multiplied and not there, in", slot, state);
         }
         break;
       case Kind::kLeave:

@@ -45,7 +45,8 @@ Values product(const Values& left, const Values& right, int64_t R, int64_t K, in
     for (int64_t k = 0; k < K; ++k) {
       const double factor = left[static_cast<size_t>(r * K + k)];
       for (int64_t l = 0; l < L; ++l) {
-        result[static_cast<size_t>(r * L + l)] += factor * right[static_cast<size_t>(transposed ? l * K + k : k * L + l)];
+        const int64_t other = transposed ? l * K + k : k * L + l;
+        result[static_cast<size_t>(r * L + l)] += factor * right[static_cast<size_t>(other)];
       }
     }
   }

@@ -25,7 +25,7 @@ namespace danet {
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // Begin acc [64, 128] += A [64, 16] B [16, 128], both in shared memory.
-// kARowLines: whether the lines of A run along its rows, not along the depth; kBRowLines: likewise for the columns of B.
+// kARowLines: whether the lines of A run along its rows, not along the depth; kBRowLines: those of B along its columns.
 template <class T, bool kARowLines, bool kBRowLines>
 DANET_DEVICE void multiply_64x128x16(float (&acc)[64], uint64_t a, uint64_t b) {
 #define DANET_WGMMA(type)                                                                              \

@@ -1,5 +1,5 @@
-// Launchers of the Hopper kernels of channel attention. Compiled for 9.0a alone. What comes between the products are the
-// kernels of every GPU (../channel_attention.cu).
+// Launchers of the Hopper kernels of channel attention. Compiled for 9.0a alone. What comes between the products are
+// the kernels of every GPU (../channel_attention.cu).
 #include <cstdint>
 
 #include "launch.h"

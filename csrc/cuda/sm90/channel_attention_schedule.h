@@ -3,8 +3,8 @@
 // that load and multiply, tests/cuda_host/channel_schedule.cpp runs them with actions that it writes down, and goes
 // through every order in which they can take place.
 //
-// A block has one warp that loads and two warpgroups that multiply, each half of the rows of the result. Both read every
-// piece, which is a step of the sum; a slot may be filled anew when all of their warps have left it.
+// A block has one thread that loads and two warpgroups that multiply, each half of the rows of the result. Both read
+// every piece, which is a step of the sum; a slot may be filled anew when all of their warps have left it.
 #pragma once
 
 #include "ptx/device.cuh"
@@ -55,7 +55,7 @@ DANET_DEVICE void fill_ring(Actions& act, int steps) {
   }
 }
 
-// A warpgroup that sums over positions, `steps` > 0. The product of one step is under way while that of the next begins.
+// A warpgroup that sums over positions. The product of one step is under way while that of the next begins.
 template <class Schedule, class Actions>
 DANET_DEVICE void sum_over_positions(Actions& act, int steps) {
   const auto begin = [&](int step) {
