@@ -172,7 +172,8 @@ def ninja_lines(cuda: CudaToolchain, work: str, debug: bool, quote: Callable[[st
     """
     hopper = [name for name in cuda.architectures if name.removesuffix("+PTX") == HOPPER]
     for_hopper = hopper_sources() if hopper else []
-    sources = ["csrc/ops_cuda.cpp", *["csrc/ops_hopper.cpp"] * bool(hopper), *kernel_sources(), *for_hopper]
+    ops = ["csrc/ops_cuda.cpp", *["csrc/ops_hopper.cpp", "csrc/ops_hopper_channel.cpp"] * bool(hopper)]
+    sources = [*ops, *kernel_sources(), *for_hopper]
     objects = [f"{work}/{source}.cuda.o" for source in sources] + [f"{work}/{source}.o" for source in plan_sources()]
     stubs = [f"{work}/stub/libtorch_cuda.so", f"{work}/stub/libtorch_cpu.so"]
     run_time = ["-lcudart_static", "-Wl,--exclude-libs,libcudart_static.a", "-ldl", "-lrt", "-lpthread"]
@@ -202,8 +203,8 @@ def ninja_lines(cuda: CudaToolchain, work: str, debug: bool, quote: Callable[[st
 def source_hash() -> str:
     """Of all that the library is made from, wherever and with whatever compiler."""
     files = {path for path in (ROOT / "csrc" / "cuda").rglob("*") if path.is_file()}
-    names = ("ops_cuda.cpp", "ops_cuda.h", "ops_hopper.cpp", "ops.h", "checks.h", "launch.h")
-    files |= {ROOT / "csrc" / name for name in names}
+    names = ("ops_cuda.cpp", "ops_cuda.h", "ops_channel.h", "ops_hopper.cpp", "ops_hopper_channel.cpp")
+    files |= {ROOT / "csrc" / name for name in (*names, "ops.h", "checks.h", "launch.h")}
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())

@@ -136,4 +136,13 @@ struct ChannelWorkspace {
 void channel_attention_forward_cuda(const ChannelForward& p, const ChannelWorkspace& w, const CudaCall& call);
 void channel_attention_backward_cuda(const ChannelBackward& p, const ChannelWorkspace& w, const CudaCall& call);
 
+// What comes between their products, on every GPU: logits and statistics from partial sums; then dG + dG^T.
+void channel_attention_softmax_cuda(const ChannelForward& p, const ChannelWorkspace& w, const CudaCall& call);
+void channel_attention_softmax_cuda(const ChannelBackward& p, const ChannelWorkspace& w, const CudaCall& call);
+void channel_attention_dgram_cuda(const ChannelBackward& p, const ChannelWorkspace& w, const CudaCall& call);
+
+// On Hopper, for fp16 and bf16. Strides of batches and lines are larger than 0.
+void channel_attention_forward_hopper(const ChannelForward& p, const ChannelWorkspace& w, const CudaCall& call);
+void channel_attention_backward_hopper(const ChannelBackward& p, const ChannelWorkspace& w, const CudaCall& call);
+
 }  // namespace danet

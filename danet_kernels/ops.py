@@ -347,7 +347,8 @@ for _op in backends.OPS:
     _message = f"{_op} has no second derivative: double backward is not implemented"
     _register_autograd(f"{_op}_backward", _not_differentiable(_message), None)
     _kernels = [f"{_op}_{way}_{backend}" for way in ("forward", "backward") for backend in ("native", "cuda")]
-    _kernels += [f"{_op}_{part}_hopper" for part in ("forward", "dvalue") if _op == "position_attention"]
+    hopper = ("forward", "dvalue") if _op == "position_attention" else ("forward", "backward")
+    _kernels += [f"{_op}_{part}_hopper" for part in hopper]
     for _kernel in _kernels:
         _message = f"{_kernel} is not implemented for autograd: call danet_kernels.{_op}"
         _register_autograd(_kernel, _not_differentiable(_message), None)

@@ -27,6 +27,7 @@ LAUNCHERS = (
     "cuda/position_attention.cu",
     "cuda/channel_attention.cu",
     "cuda/sm90/position_attention.cu",
+    "cuda/sm90/channel_attention.cu",
     "cuda/plan.cpp",
     "cuda/channel_plan.cpp",
 )
@@ -51,7 +52,9 @@ def missing() -> str | None:
 def library() -> Path:
     """The library that registers the CUDA operators for CPU tensors."""
     flags = ("-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", *_sanitizer_flags())
-    sources = [ROOT / "csrc" / name for name in ("ops_cuda.cpp", "ops_hopper.cpp", *LAUNCHERS)]
+    sources = [
+        ROOT / "csrc" / name for name in ("ops_cuda.cpp", "ops_hopper.cpp", "ops_hopper_channel.cpp", *LAUNCHERS)
+    ]
     sources += [SHIM / name for name in MACHINE]
     return _link(
         "_danet_cuda_host.so", _objects(sources, flags), ("-shared", f"-L{TORCH / 'lib'}", "-ltorch_cpu", *flags)
@@ -62,12 +65,16 @@ PROGRAMS = {
     "main": ("main.cpp", *MACHINE),
     "hopper_main": ("hopper_main.cpp", *MACHINE),
     "schedule": ("schedule.cpp",),
+    "hopper_channel_main": ("hopper_channel_main.cpp", *MACHINE),
+    "channel_schedule": ("channel_schedule.cpp",),
 }
 """Of tests/cuda_host; below, what they need of csrc."""
 KERNELS = {
     "main": [name for name in LAUNCHERS if "sm90" not in name],
-    "hopper_main": [name for name in LAUNCHERS if "sm90" in name or name == "cuda/plan.cpp"],
+    "hopper_main": ["cuda/sm90/position_attention.cu", "cuda/plan.cpp"],
     "schedule": [],
+    "hopper_channel_main": ["cuda/sm90/channel_attention.cu", "cuda/channel_attention.cu", "cuda/channel_plan.cpp"],
+    "channel_schedule": [],
 }
 
 

@@ -34,7 +34,7 @@ if INTERPRETED:
 
 def device_of(backend: str) -> str:
     """Where the tests run a backend."""
-    return "cuda" if backend in GPU_BACKENDS and not INTERPRETED else "cpu"
+    return "cuda" if backend in (*GPU_BACKENDS, "hopper") and not INTERPRETED else "cpu"
 
 
 def is_slow(backend: str) -> bool:

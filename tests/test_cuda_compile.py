@@ -46,6 +46,8 @@ def test_complaints(change, complaint):
         ({"multicast": 0}, "no multicast TMA load"),
         ({"serialized": 1}, "serialized wgmma"),
         ({"registers": 176}, "176 registers, too many for 1 blocks of 384 threads"),
+        ({"kernel": "channel_attention_hopper_gram", "multicast": 0, "tma": 8}, None),
+        ({"kernel": "channel_attention_hopper_gram", "multicast": 8, "tma": 0}, "no TMA load"),
     ],
 )
 def test_complaints_about_hopper_kernels(change, complaint):

@@ -52,6 +52,10 @@ SCHEMAS = {
     "float scale, bool needs_attn) -> (Tensor out, Tensor attn, Tensor lse)",
     "position_attention_dvalue_hopper": "(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor lse, "
     "Tensor? gamma, float scale) -> Tensor",
+    "channel_attention_forward_hopper": "(Tensor x, Tensor? gamma, bool official, bool residual) "
+    "-> (Tensor out, Tensor row_max, Tensor row_sum)",
+    "channel_attention_backward_hopper": "(Tensor dout, Tensor x, Tensor? gamma, Tensor row_max, Tensor row_sum, "
+    "bool official, bool residual, bool needs_x, bool needs_gamma) -> (Tensor dx, Tensor dgamma)",
 }
 
 

@@ -42,26 +42,14 @@ void gram(const Input& x, const Input& dout, int64_t B, int64_t C, int64_t N, co
 
 template <class T>
 void forward(const ChannelForward& p, const ChannelWorkspace& w, const CudaCall& call) {
-  auto* const row_max = static_cast<float*>(p.row_max);
-  auto* const row_sum = static_cast<float*>(p.row_sum);
   gram<T>(p.x, {}, p.B, p.C, p.N, w, call);
-  const ChannelSoftmaxParameters softmax{w.partial,
-                                         w.logits,
-                                         row_max,
-                                         row_sum,
-                                         nullptr,
-                                         nullptr,
-                                         static_cast<int>(p.C),
-                                         static_cast<int>(w.splits),
-                                         p.sign < 0};
-  launch(channel_attention_softmax_kernel, row_blocks(p.B, p.C), kChannelRowThreads, RowsSharedMemory::kBytes, softmax,
-         call.stream);
+  channel_attention_softmax_cuda(p, w, call);
   const ChannelForwardParameters<T> apply{operand<T>(p.x, p.C, p.N),
                                           elements<T>(p.residual ? p.x : Input{}),
                                           elements<T>(p.out),
                                           w.logits,
-                                          row_max,
-                                          row_sum,
+                                          static_cast<const float*>(p.row_max),
+                                          static_cast<const float*>(p.row_sum),
                                           {call.gamma, call.gamma_dtype},
                                           is_channels_last(p.x),
                                           !call.tf32};
@@ -73,19 +61,10 @@ void forward(const ChannelForward& p, const ChannelWorkspace& w, const CudaCall&
 // logits are large. Therefore max and sum are taken again too, or rows of P would not sum to one.
 template <class T>
 void backward(const ChannelBackward& p, const ChannelWorkspace& w, const CudaCall& call) {
-  const int C = static_cast<int>(p.C);
-  const Gamma gamma{call.gamma, call.gamma_dtype};
   gram<T>(p.x, p.dout, p.B, p.C, p.N, w, call);
-  const ChannelSoftmaxParameters softmax{w.partial,  w.logits, w.row_max, w.row_sum,
-                                         w.dweights, w.delta,  C,         static_cast<int>(w.splits),
-                                         p.sign < 0};
-  launch(channel_attention_softmax_kernel, row_blocks(p.B, p.C), kChannelRowThreads, RowsSharedMemory::kBytes, softmax,
-         call.stream);
+  channel_attention_softmax_cuda(p, w, call);
   if (p.dx.data == nullptr) return;
-  const ChannelDgramParameters dgram{w.logits, w.dweights, w.row_max, w.row_sum, w.delta,   gamma,
-                                     w.dgram,  p.dtype,    w.magnify, C,         p.sign < 0};
-  launch(channel_attention_dgram_kernel, row_blocks(p.B, p.C), kChannelRowThreads, RowsSharedMemory::kBytes, dgram,
-         call.stream);
+  channel_attention_dgram_cuda(p, w, call);
   const int64_t row_length = channel_cuda_blocks(p.C) * kChannelTile;
   const ChannelBackwardParameters<T> apply{operand<T>(p.x, p.C, p.N),
                                            operand<T>(p.dout, p.C, p.N),
@@ -97,7 +76,7 @@ void backward(const ChannelBackward& p, const ChannelWorkspace& w, const CudaCal
                                            w.row_sum,
                                            w.delta,
                                            w.magnify,
-                                           gamma,
+                                           {call.gamma, call.gamma_dtype},
                                            is_channels_last(p.x),
                                            !call.tf32};
   launch(channel_attention_backward_kernel<T>, apply_blocks(p.B, p.C, p.N), kApplyThreads,
@@ -105,6 +84,50 @@ void backward(const ChannelBackward& p, const ChannelWorkspace& w, const CudaCal
 }
 
 }  // namespace
+
+void channel_attention_softmax_cuda(const ChannelForward& p, const ChannelWorkspace& w, const CudaCall& call) {
+  const ChannelSoftmaxParameters softmax{w.partial,
+                                         w.logits,
+                                         static_cast<float*>(p.row_max),
+                                         static_cast<float*>(p.row_sum),
+                                         nullptr,
+                                         nullptr,
+                                         static_cast<int>(p.C),
+                                         static_cast<int>(w.splits),
+                                         p.sign < 0};
+  launch(channel_attention_softmax_kernel, row_blocks(p.B, p.C), kChannelRowThreads, RowsSharedMemory::kBytes, softmax,
+         call.stream);
+}
+
+void channel_attention_softmax_cuda(const ChannelBackward& p, const ChannelWorkspace& w, const CudaCall& call) {
+  const ChannelSoftmaxParameters softmax{w.partial,
+                                         w.logits,
+                                         w.row_max,
+                                         w.row_sum,
+                                         w.dweights,
+                                         w.delta,
+                                         static_cast<int>(p.C),
+                                         static_cast<int>(w.splits),
+                                         p.sign < 0};
+  launch(channel_attention_softmax_kernel, row_blocks(p.B, p.C), kChannelRowThreads, RowsSharedMemory::kBytes, softmax,
+         call.stream);
+}
+
+void channel_attention_dgram_cuda(const ChannelBackward& p, const ChannelWorkspace& w, const CudaCall& call) {
+  const ChannelDgramParameters dgram{w.logits,
+                                     w.dweights,
+                                     w.row_max,
+                                     w.row_sum,
+                                     w.delta,
+                                     {call.gamma, call.gamma_dtype},
+                                     w.dgram,
+                                     p.dtype,
+                                     w.magnify,
+                                     static_cast<int>(p.C),
+                                     p.sign < 0};
+  launch(channel_attention_dgram_kernel, row_blocks(p.B, p.C), kChannelRowThreads, RowsSharedMemory::kBytes, dgram,
+         call.stream);
+}
 
 void channel_attention_forward_cuda(const ChannelForward& p, const ChannelWorkspace& w, const CudaCall& call) {
   switch (p.dtype) {

@@ -1,9 +1,10 @@
 """CUDA C++ kernels for Hopper alone (H100, H200), which use its tensor memory accelerator and its warpgroup products.
 
-The forward of position attention and the gradient of value, in fp16 and bf16 with up to 64 channels of query and key;
-all else that the contract asks for runs on the kernels of the backend "cuda", which are in the same library. Not one of
-these kernels has run on a GPU yet: they were compiled, and run on a model of Hopper on the CPU (docs/kernels.md). So
-"auto" never takes this backend before a run on hardware is on record, not even after a self-check.
+The forward of position attention and the gradient of value, with up to 64 channels of query and key, and channel
+attention, in fp16 and bf16. All else that the contract asks for runs on the kernels of the backend "cuda", which are in
+the same library, and so do the small steps between the products of channel attention. Not one of these kernels has run
+on a GPU yet: they were compiled, and run on a model of Hopper on the CPU (docs/kernels.md). So "auto" never takes this
+backend before a run on hardware is on record, not even after a self-check.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from . import cuda, native
 from ._nvidia import capability
-from .cuda import channel_attention_backward, channel_attention_forward, source_hash
+from .cuda import source_hash
 
 __all__ = [
     "channel_attention_backward",
@@ -44,6 +45,14 @@ _library.define(
 _library.define(
     "position_attention_dvalue_hopper(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor? gamma, "
     "float scale) -> Tensor"
+)
+_library.define(
+    "channel_attention_forward_hopper(Tensor x, Tensor? gamma, bool official, bool residual) "
+    "-> (Tensor out, Tensor row_max, Tensor row_sum)"
+)
+_library.define(
+    "channel_attention_backward_hopper(Tensor dout, Tensor x, Tensor? gamma, Tensor row_max, Tensor row_sum, "
+    "bool official, bool residual, bool needs_x, bool needs_gamma) -> (Tensor dx, Tensor dgamma)"
 )
 
 
@@ -101,6 +110,32 @@ def position_attention_backward(
     if needs[2]:
         dvalue = torch.ops.danet_kernels.position_attention_dvalue_hopper(dout, query, key, value, lse, gamma, scale)
     return dquery, dkey, dvalue, dgamma
+
+
+def channel_attention_forward(
+    x: Tensor,  # [B, C, N]
+    gamma: Tensor | None,
+    variant: str,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, C, N], row_max and row_sum [B, C] fp32."""
+    return torch.ops.danet_kernels.channel_attention_forward_hopper(x, gamma, variant == "official", residual)
+
+
+def channel_attention_backward(
+    dout: Tensor,  # [B, C, N]
+    x: Tensor,  # [B, C, N]
+    gamma: Tensor | None,
+    row_max: Tensor,  # [B, C]
+    row_sum: Tensor,  # [B, C]
+    variant: str,
+    residual: bool,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """dx [B, C, N], dgamma like gamma; [0] for what is not needed."""
+    return torch.ops.danet_kernels.channel_attention_backward_hopper(
+        dout, x, gamma, row_max, row_sum, variant == "official", residual, *needs
+    )
 
 
 def _architectures() -> list[str]:

@@ -234,7 +234,7 @@ void Hopper::multiply(int warp, Product& product) {
   for (int row = 0; row < 16; ++row) {
     for (int depth = 0; depth < 16; ++depth) {
       if (product.a_is_shared) {
-        a[row][depth] = read(warp, product.a_matrix, false, warp % 4 * 16 + row, depth, product.value);
+        a[row][depth] = read(warp, product.a_matrix, product.a_row_lines, warp % 4 * 16 + row, depth, product.value);
       } else {
         const uint32_t both = product.a[static_cast<size_t>(row % 8 * 4 + depth % 8 / 2)][row / 8 + depth / 8 * 2];
         a[row][depth] = product.value(static_cast<uint16_t>(both >> depth % 2 * 16));

@@ -31,6 +31,7 @@ struct Product {
   bool add;
   bool a_is_shared;
   uint64_t a_matrix, b_matrix;
+  bool a_row_lines = false;                 // whether lines of A run along its rows
   bool b_row_lines;                         // whether lines of B run along its columns
   std::array<const uint32_t*, kLanes> a;    // registers, [4] of each lane
   std::array<float*, kLanes> acc;           // [columns / 2] of each lane
