@@ -11,9 +11,8 @@
 //
 // - there is no cycle, and every phase that somebody waits for gets all of its arrivals and bytes (else: deadlock);
 // - nothing counts for a phase before the phase before it is over;
-// - who waits comes to it after the end of the phase before, and goes on before the end of the phase after: parity
-// tells
-//   no more than that.
+// - who waits comes to it after the end of the phase before, and goes on before the end of the phase after, since parity
+//   tells no more than that.
 //
 // Then the order of two events in the graph is their order in every run, and one where there is none is chance. So, of
 // every slot: what is read has been written in full, and whatever else is written there comes before that, or after the
