@@ -24,12 +24,10 @@ INTERPRETED = not torch.cuda.is_available()
 of CUDA C++ compiled by g++ (below)."""
 
 
-_not_compiled = []  # reasons why the CUDA kernels do not run without a GPU
-if INTERPRETED:
-    try:
-        backends.cuda.load_host_library(cuda_host_build.library())  # compiled once for all sessions
-    except cuda_host_build.NoCompiler as error:
-        _not_compiled.append(f"they are not compiled for the CPU either: {error}")
+_missing = cuda_host_build.missing() if INTERPRETED else None
+_not_compiled = [f"they are not compiled for the CPU either: {_missing}"] if _missing else []
+if INTERPRETED and not _missing:
+    backends.cuda.load_host_library(cuda_host_build.library())  # compiled once for all sessions
 
 
 def device_of(backend: str) -> str:
