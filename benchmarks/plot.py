@@ -45,16 +45,15 @@ def draw(path: str, cells: list[dict[str, Any]], environment: dict[str, Any]) ->
 
 
 def draw_networks(path: str, cells: list[dict[str, Any]], environment: dict[str, Any]) -> None:
-    """One row of panels per network: the peak of the whole process left, time right."""
+    """A panel per network: the peak of the whole process."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(cell["op"] for cell in cells))
-    figure = Figure(figsize=(11, 4.2 * len(names)), layout="constrained")
-    for name, (left, right) in zip(names, figure.subplots(len(names), 2, squeeze=False), strict=True):
+    figure = Figure(figsize=(5.5 * len(names), 4.2), layout="constrained")
+    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
         of_network = [cell for cell in cells if cell["op"] == name]
-        _panel(left, of_network, "peak_bytes", 1 / MIB, f"{name}: peak memory of the process, MiB")
-        _panel(right, of_network, "seconds", 1e3, f"{name}: time of one image, ms")
-        left.legend(frameon=False)
+        _panel(axes, of_network, "peak_bytes", 1 / MIB, f"{name}: peak memory of the process, MiB")
+        axes.legend(frameon=False)
     figure.suptitle(machine(environment), fontsize=10)
     figure.savefig(path, dpi=100)
 

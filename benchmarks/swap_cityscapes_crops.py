@@ -190,7 +190,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", default="auto", help="of danet_kernels; default: %(default)s")
     parser.add_argument("--json", metavar="FILE", help="write every figure and the environment to FILE")
-    parser.add_argument("--plot", metavar="FILE", help="draw memory and time against the crop")
+    parser.add_argument("--plot", metavar="FILE", help="draw memory against the crop")
     parser.add_argument("--run", choices=("before", "after"), help=argparse.SUPPRESS)
     parser.add_argument("--logits", help=argparse.SUPPRESS)
 

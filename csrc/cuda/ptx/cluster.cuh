@@ -63,29 +63,37 @@ DANET_DEVICE void init_barrier(Barrier* barrier, int arrivals) {
 // After init_barrier, before the cluster comes together to use them.
 DANET_DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+DANET_DEVICE void arrive(Barrier* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // Arrive, and announce bytes that copies will bring in this phase.
 DANET_DEVICE void arrive_and_expect(Barrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
 
-// Arrive at the barrier in the same place of the block `rank` of the cluster.
+// Arrive at the barrier in the same place of the block `rank` of the cluster. With the scope that is the default, that of
+// the block: what arrives has read a slot by products, which are over, and has written nothing that the other block
+// reads. The scope of the cluster costs a fence of all of the GPU (MEMBAR.ALL.GPU) at every arrival.
 DANET_DEVICE void arrive_at_rank(Barrier* barrier, int rank) {
   asm volatile(
       "{\n"
       ".reg .b32 address;\n"
       "mapa.shared::cluster.u32 address, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [address];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [address];\n"
       "}" ::"r"(shared_address(barrier)), "r"(rank)
       : "memory");
 }
 
+// Bytes that a copy has brought are there for who has seen the end of the phase, also where the other block sent them:
+// with the scope of the block, and not of the cluster, which empties the L1 cache at every wait (CCTL.IVALL).
 DANET_DEVICE void wait_for_phase(Barrier* barrier, int parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
       "}" ::"r"(shared_address(barrier)), "r"(parity)
       : "memory");

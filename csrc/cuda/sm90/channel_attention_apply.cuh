@@ -44,7 +44,7 @@ struct HopperApplyReader {
   static DANET_DEVICE int row(int half) { return warp_index() % 4 * 16 + lane_index() / 4 + 8 * half; }
   DANET_DEVICE int channel(int half) const { return tile.first_channel + warpgroup * Tiles::kRows + row(half); }
 
-  DANET_DEVICE void wait_full(int slot, int parity) { wait_for_phase_in_block(&memory.full[slot], parity); }
+  DANET_DEVICE void wait_full(int slot, int parity) { wait_for_phase(&memory.full[slot], parity); }
 
   DANET_DEVICE void leave(int slot) {
     if (lane_index() == 0) arrive(&memory.empty[slot]);

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda/sm90/channel_attention_schedule.h"
-#include "ptx/block_barrier.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma_channel.cuh"
 #include "sm80/channel_attention_tiles.cuh"
@@ -93,7 +93,7 @@ struct HopperGramLoader {
   HopperGramSharedMemory& memory;
   const HopperGramTile& tile;
 
-  DANET_DEVICE void wait_empty(int slot, int parity) { wait_for_phase_in_block(&memory.empty[slot], parity); }
+  DANET_DEVICE void wait_empty(int slot, int parity) { wait_for_phase(&memory.empty[slot], parity); }
 
   DANET_DEVICE void load(int slot, int step) {
     Barrier* const full = &memory.full[slot];
@@ -132,7 +132,7 @@ struct HopperGramReader {
     for (int i = 0; i < kSums; ++i) acc[i] = total[i] = 0.0f;
   }
 
-  DANET_DEVICE void wait_full(int slot, int parity) { wait_for_phase_in_block(&memory.full[slot], parity); }
+  DANET_DEVICE void wait_full(int slot, int parity) { wait_for_phase(&memory.full[slot], parity); }
 
   DANET_DEVICE void leave(int slot) {
     if (lane_index() == 0) arrive(&memory.empty[slot]);

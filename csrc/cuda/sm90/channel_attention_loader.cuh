@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/sm90/channel_attention_schedule.h"
-#include "ptx/block_barrier.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/tma.cuh"
 #include "sm80/channel_attention_tiles.cuh"
 
@@ -100,7 +100,7 @@ struct HopperApplyLoader {
   HopperApplySharedMemory& memory;
   const HopperApplyTile& tile;
 
-  DANET_DEVICE void wait_empty(int slot, int parity) { wait_for_phase_in_block(&memory.empty[slot], parity); }
+  DANET_DEVICE void wait_empty(int slot, int parity) { wait_for_phase(&memory.empty[slot], parity); }
 
   DANET_DEVICE void load(int slot, int step) {
     Barrier* const full = &memory.full[slot];

@@ -57,6 +57,7 @@ struct Barrier { uint64_t state; };
 
 inline void init_barrier(Barrier* barrier, int arrivals) { cuda_host::hopper().init_barrier(barrier, arrivals); }
 inline void fence_barrier_init() {}
+inline void arrive(Barrier* barrier) { cuda_host::hopper().arrive(barrier, 0); }
 inline void arrive_and_expect(Barrier* barrier, int bytes) { cuda_host::hopper().arrive(barrier, bytes); }
 inline void arrive_at_rank(Barrier* barrier, int rank) {
   cuda_host::hopper().arrive(cuda_host::hopper().same_place(barrier, rank), 0);
