@@ -135,8 +135,8 @@ KERNEL_BUGS = {
 @pytest.fixture(scope="module")
 def searches(request, tmp_path_factory):
     """What shows of every bug that is to be tested, as futures: two are searched at a time."""
-    bugs = [item.callspec.params["bug"] for item in request.session.items if "searches" in item.fixturenames]
-    bugs = [bug for bug in bugs if bug in SCHEDULE_BUGS | KERNEL_BUGS]
+    items = [item for item in request.session.items if item.module is request.module]
+    bugs = [item.callspec.params["bug"] for item in items if "bug" in item.fixturenames]
     with ThreadPoolExecutor(2) as pool:
         futures = {bug: pool.submit(found, bug, tmp_path_factory.mktemp("bug")) for bug in bugs}
         yield futures
