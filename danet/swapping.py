@@ -65,14 +65,13 @@ def swap(
     unknown = "" if crop is None else find_shapes(model, found, crop)
     swaps: list[tuple[Found, Swap]] = []
     for one in reversed(found):  # parts before what they are in
-        inside = set(one.module.modules()) - {one.module}
-        if any(other.module in inside for other, _ in swaps):
-            continue  # holds attention, and is none
+        if _holds(one, swaps):
+            continue
         how = _how(one, verify, fold) if one.patterns else None
         if how is not None:
             how.backend = backend
             swaps.insert(0, (one, how))
-    found = [one for one in found if _worth_a_line(one, swaps)]
+    found = [one for one in found if not _holds(one, swaps) and _worth_a_line(one)]
     if crop is not None:
         estimate_savings(found, crop, backend)
     for one, how in [] if dry_run else swaps:
@@ -123,11 +122,14 @@ def _how(one: Found, verify: bool, fold: bool) -> Swap | None:
     return swap
 
 
-def _worth_a_line(one: Found, swaps: list[tuple[Found, Swap]]) -> bool:
-    """Not what holds attention that was found by itself, nor a stray scalar that turned out to be something else."""
-    inside = {id(part) for part in one.module.modules()} - {id(one.module)}
-    if any(id(other.module) in inside for other, _ in swaps):
-        return False
+def _holds(one: Found, swaps: list[tuple[Found, Swap]]) -> bool:
+    """Whether the module has attention inside that was found by itself, and so is none."""
+    inside = set(one.module.modules()) - {one.module}
+    return any(other.module in inside for other, _ in swaps)
+
+
+def _worth_a_line(one: Found) -> bool:
+    """Not a stray scalar that turned out to be something else."""
     ran = one.error is not None or not one.detail
     return one.agrees or one.by != "parts" or one.op == "position_attention" or not ran
 
