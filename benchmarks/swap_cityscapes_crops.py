@@ -51,7 +51,7 @@ CAM_LIMIT = 2.0
 DIFFERENCE_LIMIT = 10.0
 """Largest difference of logits there, in the same unit, which is taken on a smaller crop."""
 
-MEMORY_LIMIT = 0.1, 4 * memory.MIB
+MEMORY_LIMIT = 0.1, 2 * memory.MIB
 """How far the memory of the operation may be from its estimate: as a part of it, and in bytes for small ones."""
 
 REFERENCE = Crop(256, 512)  # for fp64
